@@ -1,0 +1,221 @@
+"""Quality at honest bits: every method on the same model, calibration windows and evaluation text, in one table.
+
+    python benchmarks/quality.py --models rwkv7-9m.pth rwkv6-10m.safetensors --tokenizer tokenizer.json \
+        --calibration books_calibration.txt --text books_validation.txt --lambada lambada_dev.jsonl --out benchmarks/quality.md
+
+With --ruler FILE (an independent evaluator with the command `kl MODEL OTHER --text FILE --tokenizer FILE` that prints
+JSON) every exported model is measured again from outside. Everything is made before anything is evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from rwkvq.artifact.reader import Artifact, open_artifact
+from rwkvq.checkpoint.writer import export_checkpoint
+from rwkvq.engine.model import Engine
+from rwkvq.evaluation.divergence import FLOAT, TextResult, compare_on_text
+from rwkvq.evaluation.lambada import LambadaResult, lambada, read_examples
+from rwkvq.evaluation.perplexity import text_windows
+from rwkvq.files import write_json, write_text
+from rwkvq.models.tokenizer import load_tokenizer
+from rwkvq.plan.bits import totals
+from rwkvq.run import Run
+from rwkvq.settings import apply_overrides, parse
+from rwkvq.stages import run_stage
+from rwkvq.workers import WorkerPool
+
+VECTOR_1D = ("quantize.vector.dimension=1", "quantize.vector.group_rows=4", "quantize.vector.group_columns=64")
+VECTOR_2D = ("quantize.vector.dimension=2", "quantize.vector.group_rows=64", "quantize.vector.group_columns=64")
+PLAIN, CLIP = "quantize.scalar.clip_search=false", "quantize.scalar.clip_search=true"
+ASYM, SYM = "quantize.scalar.symmetric=false", "quantize.scalar.symmetric=true"
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "RTN, asymmetric g64": ("plan.policy=rtn", ASYM, PLAIN),
+    "GPTQ, asymmetric g64": ("plan.policy=sq", ASYM, PLAIN),
+    "GPTQ, asymmetric g64 + clip": ("plan.policy=sq", ASYM, CLIP),
+    "GPTQ, symmetric g64": ("plan.policy=sq", SYM, PLAIN),
+    "GPTQ, symmetric g64 + clip": ("plan.policy=sq", SYM, CLIP),
+    "k-means, 1-D l 256": ("plan.policy=kmeans", *VECTOR_1D),
+    "GPTVQ, 1-D l 256": ("plan.policy=vq", *VECTOR_1D),
+    "GPTVQ, 2-D l 4096": ("plan.policy=vq", *VECTOR_2D),
+    "RWKVQuant, preset text": ("plan.policy=rwkvquant", "plan.preset=text"),
+    "RWKVQuant, preset camera": ("plan.policy=rwkvquant", "plan.preset=camera"),
+    "RWKVQuant, preset official": ("plan.policy=rwkvquant", "plan.preset=official"),
+    "RWKVQuant, preset rwkvq": ("plan.policy=rwkvquant", "plan.preset=rwkvq"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One quantized model and the seconds that its quantize stage took."""
+
+    artifact: Artifact
+    seconds: float
+
+
+def make_all(base: dict[str, Any], work: Path, methods: dict[str, tuple[str, ...]], seed: int) -> dict[str, Made]:
+    """Quantize the model by every method; windows, activations and proxies are made once."""
+    made = {}
+    for name, overrides in methods.items():
+        settings = parse(apply_overrides(base, [*overrides, f"seed={seed}"]), name)
+        with WorkerPool(Run(settings).workers, settings.run.threads) as pool:
+            run = Run(settings, pool)
+            for stage in ("windows", "activations", "proxies", "plan"):
+                run_stage(run, stage)
+            begin = time.monotonic()
+            run_stage(run, "quantize")
+            seconds = time.monotonic() - begin
+            run_stage(run, "pack")
+        kept = work / "artifacts" / name.replace(" ", "-").replace(",", "")
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(run.artifact, kept)
+        made[name] = Made(open_artifact(kept), seconds)
+        print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return made
+
+
+def row(name: str, made: Made | None, text: TextResult, word: LambadaResult) -> list[str]:
+    """One line of the table."""
+    bits = totals(made.artifact.plan) if made else None
+    return [
+        name,
+        f"{bits.matrix_bits:.3f}" if bits else "16",
+        f"{bits.body_bits:.3f}" if bits else "16",
+        f"{8 * made.artifact.file_bytes / bits.weights:.3f}" if made and bits else "16",
+        f"{text.ppl:.3f} ± {text.ppl_se:.2f}",
+        f"{text.kl:.4f} ± {text.kl_se:.4f}" if text.kl is not None else "",
+        f"{100 * text.top1:.2f}" if text.top1 is not None else "",
+        f"{word.ppl:.1f}",
+        f"{100 * word.acc:.1f}",
+        f"{made.seconds:.0f}" if made else "",
+    ]
+
+
+HEADER = [
+    "method",
+    "matrix bits",
+    "body bits",
+    "file bits",
+    "text ppl",
+    "KL (nats)",
+    "top-1 %",
+    "LAMBADA ppl",
+    "acc %",
+    "s",
+]
+
+
+def ask_ruler(
+    ruler: Path, model: Path, made: Made, text: Path, tokenizer: Path, windows: int, work: Path
+) -> dict[str, Any]:
+    """What an independent evaluator says of the exported model."""
+    exported = work / "exported.safetensors"
+    export_checkpoint(made.artifact, exported, dtype=torch.float32, overwrite=True)
+    command = [sys.executable, str(ruler), "kl", str(model), str(exported), "--text", str(text)]
+    command += ["--tokenizer", str(tokenizer), "--windows", str(windows)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    answer: dict[str, Any] = json.loads(shown)
+    return answer
+
+
+def main(
+    models: Annotated[list[Path], typer.Option(help="Float checkpoints.")],
+    tokenizer: Annotated[Path, typer.Option()],
+    calibration: Annotated[Path, typer.Option()],
+    text: Annotated[Path, typer.Option()],
+    lambada_file: Annotated[Path, typer.Option("--lambada")],
+    out: Annotated[Path, typer.Option()] = Path("benchmarks/quality.md"),
+    work: Annotated[Path, typer.Option(help="Intermediate files.")] = Path("data/runs/benchmark-quality"),
+    ruler: Annotated[Path | None, typer.Option(help="Independent evaluator.")] = None,
+    ruler_methods: Annotated[int, typer.Option(help="How many methods the independent evaluator measures again.")] = 12,
+    windows: Annotated[int, typer.Option()] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Make the table."""
+    sections = []
+    for model in models:
+        folder = work / model.stem
+        base = {
+            "model": str(model),
+            "run_dir": str(folder),
+            "windows": {"source": str(calibration), "tokenizer": str(tokenizer)},
+        }
+        made = make_all(base, folder, METHODS, seed)
+        loaded = load_tokenizer(tokenizer)
+        ids = text_windows(text.read_text(encoding="utf-8"), loaded, windows, 512, where=str(text))
+        reference = Engine(Run(parse(base, "x")).checkpoint)
+        engines = {name: Engine(item.artifact) for name, item in made.items()}
+        texts = compare_on_text(reference, engines, ids)
+        examples = read_examples(lambada_file, 500)
+        words = {
+            name: lambada(engine, examples, loaded, batch=64) for name, engine in ({FLOAT: reference} | engines).items()
+        }
+        rows = [row(name, made.get(name), texts[name], words[name]) for name in words]
+        checks = []
+        for name in list(made)[::-1][:ruler_methods] if ruler else []:
+            theirs = ask_ruler(ruler, model, made[name], text, tokenizer, windows, folder)
+            ours = texts[name]
+            checks.append(
+                [name, f"{ours.ppl:.5f}", f"{theirs['ppl_other']:.5f}", f"{ours.kl:.6f}", f"{theirs['kl']:.6f}"]
+                + [f"{abs(ours.kl / theirs['kl'] - 1):.1e}", f"{ours.top1:.5f}", f"{theirs['top1_agreement']:.5f}"]
+            )
+        write_json(folder / "rows.json", {"rows": rows, "checks": checks})
+        sections.append(section(model.stem, rows, checks))
+    write_text(out, preamble(seed, windows) + "\n".join(sections))
+
+
+def preamble(seed: int, windows: int) -> str:
+    """What the table shows and how it was made."""
+    return (
+        "# Quality at honest bits\n\n"
+        "Made by `python benchmarks/quality.py` (its docstring has the command); every model is quantized before any is "
+        f"evaluated. Calibration: 128 windows of 512 tokens of `books_calibration.txt`, seed {seed}. Evaluation, float32 from "
+        f"the packed artifact: {windows} windows of 512 tokens of `books_validation.txt`, first 500 lines of "
+        "`lambada_dev.jsonl`; disjoint from calibration. ± is one standard error over windows. Matrix bits count every stored "
+        "bit of the matrices and LoRA factors, body bits everything but embedding and head, file bits the whole file with "
+        "its header. Element-wise vectors keep their 16 bits except in presets text, camera and official. "
+        f"Seconds: stage `quantize`, {len(os.sched_getaffinity(0))} workers, shared machine.\n\n"
+    )
+
+
+def section(name: str, rows: list[list[str]], checks: list[list[str]]) -> str:
+    """One model's tables in Markdown."""
+    parts = [f"## {name}\n", markdown_table(HEADER, rows)]
+    if checks:
+        header = [
+            "exported model",
+            "ppl, ours",
+            "ppl, outside",
+            "KL, ours",
+            "KL, outside",
+            "KL difference",
+            "top-1",
+            "outside",
+        ]
+        parts += [
+            "\nThe same models exported and measured by an independent evaluator:\n",
+            markdown_table(header, checks),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, first column left-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(item) + " |" for item in rows])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Prefect flows: which tasks run, in what order, on which runner."""

@@ -1,0 +1,226 @@
+"""The activation cache: the float input of every block on disk, so that blocks can be worked on independently.
+
+Each file follows from the one before it as it was stored (rounded to float16), never from values in memory: a run that
+is resumed, or a file that is rebuilt, gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rwkvq.calibration.cache import REMEDY, BeyondFloat16Error, CacheKey, CacheReader, CacheShape, CacheWriter, Kind
+from rwkvq.calibration.windows import Windows, model_inputs
+from rwkvq.checkpoint.reader import WeightSource
+from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.errors import ActivationError
+from rwkvq.files import atomic_path, code_version, make_folder
+from rwkvq.models import embed, load_block, run_block
+from rwkvq.settings import ActivationsSettings
+
+CODE = (
+    "rwkvq.models",
+    "rwkvq.checkpoint.names",
+    "rwkvq.calibration.activations",
+    "rwkvq.calibration.cache",
+    "rwkvq.calibration.windows",
+)
+"""The sources that decide what is in the cache."""
+_V_FIRST = "v_first.parquet"
+_V_FIRST_ROWS = "v_first"
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_PAGE_OVERHEAD = 1.03
+"""File size over size of the values: row and level columns, page headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputBatch:
+    """Some windows' inputs of one block: x and v_first (x070, not block 0; else None) float32 [batch, time, width].
+
+    held_out bool [batch]: which of them statistics leave out.
+    """
+
+    x: Tensor
+    v_first: Tensor | None
+    held_out: Tensor
+
+    def without_held_out(self) -> InputBatch:
+        """Only the windows that statistics use."""
+        if not self.held_out.any():
+            return self
+        used = ~self.held_out
+        v_first = None if self.v_first is None else self.v_first[used]
+        return InputBatch(self.x[used], v_first, self.held_out[used])
+
+
+def block_path(folder: Path, block: int) -> Path:
+    """File with the inputs of a block."""
+    return folder / f"block-{block:03d}.parquet"
+
+
+def cache_key(source: WeightSource, windows: Windows) -> CacheKey:
+    """What the cache of this model and these windows carries in the metadata of every file."""
+    return CacheKey(source.identity(), windows.identity(), code_version(CODE))
+
+
+def estimate_cache_bytes(spec: ModelSpec, windows: int, length: int) -> int:
+    """Bytes on disk of the cache for `windows` (held-out ones included) of `length` tokens, stored as float16."""
+    files = spec.layers + int(_has_v_first(spec))
+    return int(files * windows * length * (2 * spec.width + 8) * _PAGE_OVERHEAD)
+
+
+def _has_v_first(spec: ModelSpec) -> bool:
+    return spec.version == "x070" and spec.layers > 1
+
+
+def write_activations(
+    source: WeightSource,
+    windows: Windows,
+    folder: Path,
+    settings: ActivationsSettings,
+    *,
+    workers: int = 1,
+    on_block: Callable[[int], None] = lambda block: None,
+) -> list[Path]:
+    """Write the input of every block (and v_first of x070) into `folder`; return the files.
+
+    A file that is there, undamaged and of the same model, windows and code is kept; only the others are computed, each
+    from the file before it. One block's weights and workers + 1 batches of windows are in memory. workers: batches that
+    run at once, each with torch's number of threads; it changes no byte. on_block(i): the inputs of block i are there.
+    Raises CheckpointError, ActivationError (values that are not finite), OutputError.
+    """
+    job = _Job(source, windows, make_folder(folder), cache_key(source, windows), settings.batch, workers)
+    for step in range(source.spec.layers):
+        if not all(job.is_valid(rows, path) for rows, path in job.outputs(step).items()):
+            job.run(step)
+        on_block(step)
+    return [path for step in range(source.spec.layers) for path in job.outputs(step).values()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Step 0 embeds the windows; step i runs block i - 1; each writes the inputs of block i."""
+
+    source: WeightSource
+    windows: Windows
+    folder: Path
+    key: CacheKey
+    batch: int
+    workers: int
+
+    @property
+    def shape(self) -> CacheShape:
+        count, length = self.windows.ids.shape
+        held_out = tuple(self.windows.held_out.nonzero()[0].tolist())
+        return CacheShape(count, length, self.source.spec.width, held_out, _has_v_first(self.source.spec))
+
+    def outputs(self, step: int) -> dict[str, Path]:
+        """Files that a step writes, by what their rows are."""
+        files = {_input_of(step): block_path(self.folder, step)}
+        return files | {_V_FIRST_ROWS: self.folder / _V_FIRST} if step == 1 and self.shape.has_v_first else files
+
+    def is_valid(self, rows: str, path: Path) -> bool:
+        """True if the file is there, was made for this job, and reads back whole."""
+        try:
+            with CacheReader(path, rows) as reader:
+                reader.expect(self.key)
+                reader.check()
+                return reader.shape == self.shape
+        except ActivationError:
+            return False
+
+    def run(self, step: int) -> None:
+        """Write the outputs of a step; what does not fit float16 is computed again and written as float32."""
+        kinds: dict[str, Kind] = dict.fromkeys(self.outputs(step), "float16")
+        while True:
+            try:
+                return self._write(step, kinds)
+            except BeyondFloat16Error as overflow:
+                kinds[overflow.rows] = "float32"
+
+    def _write(self, step: int, kinds: dict[str, Kind]) -> None:
+        with ExitStack() as stack:
+            writers = []
+            for rows, path in self.outputs(step).items():
+                temporary = stack.enter_context(atomic_path(path))
+                writers.append(stack.enter_context(CacheWriter(temporary, rows, self.key, self.shape, kinds[rows])))
+            for tensors in self._embedded() if step == 0 else self._advanced(step - 1):
+                # v_first is passed on by every block, and written once
+                for writer, x in zip(writers, tensors, strict=False):
+                    writer.add(x)
+
+    def _embedded(self) -> Iterator[tuple[Tensor, ...]]:
+        """The input of block 0, batch by batch: (x,)."""
+        names = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias")
+        emb, weight, bias = (self.source.tensor(name) for name in names)
+        ids = torch.from_numpy(model_inputs(self.windows.ids)).long()
+        for some in torch.split(ids, self.batch):
+            yield (embed(emb, weight.float(), bias.float(), some),)
+
+    def _advanced(self, block: int) -> Iterator[tuple[Tensor, ...]]:
+        """The output of a block on its cached inputs, batch by batch: (x,) or (x, v_first)."""
+        weights = load_block(self.source, block)
+
+        def run(batch: InputBatch) -> tuple[Tensor, ...]:
+            x, _, v_first = run_block(self.source.spec, block, weights, batch.x, v_first=batch.v_first)
+            return (x,) if v_first is None else (x, v_first)
+
+        return _map_in_order(run, _read(self.folder, block, self.key, self.batch), self.workers)
+
+
+def _map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
+    """function(item) for each item, in order, `workers` at once and never more than workers + 1 ahead."""
+    pending: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def cache_windows(folder: Path) -> str:
+    """The identity of the windows that the cache in `folder` was made from. Raises ActivationError."""
+    with CacheReader(block_path(folder, 0), _input_of(0)) as reader:
+        return reader.key.windows_sha256
+
+
+def read_block(folder: Path, block: int, *, model_sha256: str, batch: int = 4) -> Iterator[InputBatch]:
+    """The inputs of a block, `batch` windows at a time; only these are in memory.
+
+    Raises ActivationError, naming the file and the remedy: missing, damaged, of another model, other windows than the
+    rest of the cache, or other code.
+    """
+    yield from _read(folder, block, CacheKey(model_sha256, cache_windows(folder), code_version(CODE)), batch)
+
+
+def _read(folder: Path, block: int, key: CacheKey, batch: int) -> Iterator[InputBatch]:
+    with ExitStack() as stack:
+        inputs = stack.enter_context(CacheReader(block_path(folder, block), _input_of(block)))
+        readers = [inputs]
+        if inputs.shape.has_v_first and block > 0:
+            readers.append(stack.enter_context(CacheReader(folder / _V_FIRST, _V_FIRST_ROWS)))
+        for reader in readers:
+            reader.expect(key)
+            if reader.shape != inputs.shape:
+                raise ActivationError(f"{reader.path}: damaged (not of the shape of {inputs.path.name}); {REMEDY}")
+        is_held_out = torch.zeros(inputs.shape.windows, dtype=torch.bool)
+        is_held_out[list(inputs.shape.held_out)] = True
+        for start in range(0, inputs.shape.windows, batch):
+            stop = min(start + batch, inputs.shape.windows)
+            x, *v_first = (reader.read(start, stop) for reader in readers)
+            yield InputBatch(x, v_first[0] if v_first else None, is_held_out[start:stop])
+
+
+def _input_of(block: int) -> str:
+    return f"input of block {block}"

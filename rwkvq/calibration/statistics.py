@@ -1,0 +1,230 @@
+"""Statistics of one block from its cached inputs: second moments of what linear weights see, importance of element-wise
+weights. Accumulators add, merge and finish, so parts may be computed anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from rwkvq.calibration.activations import InputBatch
+from rwkvq.calibration.sites import Needs, needs_of
+from rwkvq.checkpoint.names import Weight
+from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.errors import ActivationError
+from rwkvq.models import run_block
+
+Weighting = Literal["second_moment", "mean_sq", "official", "none"]
+
+_STRIPE = 128
+"""Columns of a product x^T x that are computed at once; what lies below the diagonal stripe is never computed."""
+
+
+class Accumulator(Protocol):
+    """Sums over batches; adding batches in any grouping and merging gives what one pass gives, to float64 rounding."""
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [batch, time, features], float32."""
+
+    def merge(self, other: Self) -> None:
+        """Take in all that `other` has seen."""
+
+    def finish(self) -> Tensor:
+        """The statistic, float32."""
+
+
+class SecondMoment:
+    """Mean of x x^T over all tokens seen, [features, features].
+
+    Products are formed in float32, one batch at a time, and summed in float64; only the upper triangle is kept.
+    """
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+        self.tokens = 0
+        self._sum = torch.zeros(features, features, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [batch, time, features], float32."""
+        rows = x.flatten(0, -2)
+        self.tokens += len(rows)
+        for start in range(0, rows.shape[1], _STRIPE):
+            stripe = rows[:, start : start + _STRIPE]
+            self._sum[start : start + _STRIPE, start:] += stripe.T @ rows[:, start:]
+
+    def merge(self, other: SecondMoment) -> None:
+        """Take in all that `other` has seen."""
+        self.tokens += other.tokens
+        self._sum += other._sum
+
+    def finish(self) -> Tensor:
+        """Mean of x x^T, float32 [features, features], exactly symmetric; raises ValueError if no token was seen."""
+        if not self.tokens:
+            raise ValueError("no tokens")
+        upper = (self._sum / self.tokens).float().triu_()
+        return upper + upper.triu(1).T
+
+
+class ChannelImportance:
+    """The weight s of every channel in sum s (mu - mu^)^2 (docs/method.md 7), [features].
+
+    second_moment: x^2, clipped per sequence and channel at its percentile over tokens, averaged over tokens, then over
+    sequences. mean_sq: the same average of x, with |x| clipped, squared at the end. official: mean over sequences of
+    |mean over tokens of x|. none: ones.
+    """
+
+    def __init__(self, features: int, weighting: Weighting, percentile: float) -> None:
+        self.features = features
+        self.sequences = 0
+        self.weighting = weighting
+        self.percentile = percentile
+        self._sum = torch.zeros(features, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [sequences, time, features], float32; each row of the batch is one whole sequence."""
+        self.sequences += len(x)
+        self._sum += self._means(x).sum(0)
+
+    def _means(self, x: Tensor) -> Tensor:
+        """What each sequence adds, float64 [sequences, features]."""
+        if self.weighting == "second_moment":
+            squares = x.square()
+            return squares.clamp_max(percentile_over_time(squares, self.percentile)).mean(1, dtype=torch.float64)
+        if self.weighting == "mean_sq":
+            limit = percentile_over_time(x.abs(), self.percentile)
+            return x.clamp(-limit, limit).mean(1, dtype=torch.float64)
+        if self.weighting == "official":
+            return x.mean(1, dtype=torch.float64).abs()
+        return torch.ones(len(x), x.shape[2], dtype=torch.float64)
+
+    def merge(self, other: ChannelImportance) -> None:
+        """Take in all that `other` has seen; it must have the same weighting and percentile."""
+        assert (self.weighting, self.percentile) == (other.weighting, other.percentile)
+        self.sequences += other.sequences
+        self._sum += other._sum
+
+    def finish(self) -> Tensor:
+        """Importance >= 0, float32 [features]; raises ValueError if no sequence was seen."""
+        if not self.sequences:
+            raise ValueError("no sequences")
+        mean = self._sum / self.sequences
+        return (mean.square() if self.weighting == "mean_sq" else mean).float()
+
+
+def percentile_over_time(x: Tensor, percentile: float) -> Tensor:
+    """The percentile (0 to 100, linear between ranks) of x [batch, time, features] over time: [batch, 1, features]."""
+    last = x.shape[1] - 1
+    position = last * percentile / 100
+    below = math.floor(position)
+    # the wanted ranks are near the top: a partial sort is enough
+    top = x.topk(x.shape[1] - below, dim=1).values
+    low, high = top[:, -1:], top[:, -2:-1] if below < last else top[:, -1:]
+    return low + (high - low) * (position - below)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStatistics:
+    """What the windows say about one block.
+
+    second_moments: by site, float32 [in, in]; importance: by weight name, float32 [size]. tokens: how many went into
+    them. held_out: windows that were left out.
+    """
+
+    second_moments: Mapping[str, Tensor]
+    importance: Mapping[str, Tensor]
+    tokens: int
+    held_out: int
+
+
+class BlockAccumulator:
+    """The accumulators of one block for the sites that `needs` names; created when a site is first seen."""
+
+    def __init__(self, needs: Needs, weighting: Weighting, percentile: float) -> None:
+        self.tokens = 0
+        self.held_out = 0
+        self._needs = needs
+        self._weighting = weighting
+        self._percentile = percentile
+        self._moments: dict[str, SecondMoment] = {}
+        self._importance: dict[str, ChannelImportance] = {}
+
+    def observe(self, site: str, x: Tensor) -> None:
+        """Take in what a site sees, x [batch, time, features]."""
+        if site in self._needs.moments:
+            self._moment(site, x.shape[-1]).add(x)
+        if site in self._needs.importance:
+            self._channels(site, x.shape[-1]).add(x)
+
+    def _moment(self, site: str, features: int) -> SecondMoment:
+        if site not in self._moments:
+            self._moments[site] = SecondMoment(features)
+        return self._moments[site]
+
+    def _channels(self, site: str, features: int) -> ChannelImportance:
+        if site not in self._importance:
+            self._importance[site] = ChannelImportance(features, self._weighting, self._percentile)
+        return self._importance[site]
+
+    def merge(self, other: BlockAccumulator) -> None:
+        """Take in all that `other` has seen of the same block and needs."""
+        self.tokens += other.tokens
+        self.held_out += other.held_out
+        for site, moment in other._moments.items():
+            self._moment(site, moment.features).merge(moment)
+        for site, importance in other._importance.items():
+            self._channels(site, importance.features).merge(importance)
+
+    def finish(self) -> BlockStatistics:
+        """All statistics; every needed site must have been seen."""
+        by_site = {site: importance.finish() for site, importance in self._importance.items()}
+        importance = {name: by_site[site] for site, names in self._needs.importance.items() for name in names}
+        moments = {site: moment.finish() for site, moment in self._moments.items()}
+        return BlockStatistics(moments, importance, self.tokens, self.held_out)
+
+
+def accumulate(
+    spec: ModelSpec,
+    index: int,
+    weights: Mapping[str, Tensor],
+    batches: Iterable[InputBatch],
+    accumulator: BlockAccumulator,
+) -> None:
+    """Run block `index` once over `batches`, without their held-out windows, and add what its sites see.
+
+    weights: of the block by their name inside it, float32 (models.load_block).
+    """
+    # nobody reads the output of the block, so its last and largest product may shrink to one row
+    weights = {**weights, "ffn.value.weight": weights["ffn.value.weight"][:1]}
+    for batch in batches:
+        used = batch.without_held_out()
+        accumulator.held_out += len(batch.x) - len(used.x)
+        accumulator.tokens += used.x.shape[0] * used.x.shape[1]
+        if len(used.x):
+            run_block(spec, index, weights, used.x, v_first=used.v_first, observe=accumulator.observe)
+
+
+def collect(
+    spec: ModelSpec,
+    index: int,
+    weights: Mapping[str, Tensor],
+    batches: Iterable[InputBatch],
+    wanted: Sequence[Weight],
+    *,
+    weighting: Weighting = "second_moment",
+    percentile: float = 99,
+) -> BlockStatistics:
+    """The statistics that the `wanted` weights of block `index` need, in one pass over `batches`.
+
+    weights: of the block by their name inside it, float32 (models.load_block). weighting and percentile: of
+    element-wise weights. Raises ActivationError if every window is held out, and what reading `batches` raises.
+    """
+    accumulator = BlockAccumulator(needs_of(wanted), weighting, percentile)
+    accumulate(spec, index, weights, batches, accumulator)
+    if not accumulator.tokens:
+        raise ActivationError(f"block {index}: no window is left for statistics; set windows.samples to 1 or more")
+    return accumulator.finish()

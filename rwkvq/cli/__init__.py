@@ -1,0 +1,65 @@
+"""The `rwkvq` command: one module a group of commands, joined here. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from rwkvq.cli import inspection, line, outputs
+from rwkvq.errors import RwkvqError
+
+app = typer.Typer(
+    name="rwkvq",
+    help="Quantize RWKV-6 and RWKV-7 checkpoints to about 3 bits a weight, with an honest report.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+line.register(app)
+inspection.register(app)
+outputs.register(app)
+
+ERROR, INTERRUPTED = 1, 130
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or a polite kill: not an Exception, so that nothing on the way takes it for a failure."""
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what runs and why, as log lines.")] = False,
+) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("rwkvq").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 an error of one line, 2 wrong usage, 130 interrupted."""
+    sys.exit(run_app(app, arguments))
+
+
+def run_app(command: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run a typer app on `arguments` (default: sys.argv) and return the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        command(args=arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except RwkvqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+    except Interrupted:
+        print("interrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted

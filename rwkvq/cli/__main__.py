@@ -1,0 +1,5 @@
+"""`python -m rwkvq.cli`."""
+
+from rwkvq.cli import main
+
+main()

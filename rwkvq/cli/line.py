@@ -1,0 +1,164 @@
+"""Commands that run the line: `quantize`, `stage`, `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rwkvq.cli.display import console, print_json, size, stage_bars, table
+from rwkvq.errors import OutputError
+from rwkvq.files import remove_leftovers, run_lock
+from rwkvq.settings import Settings, apply_overrides, load, parse
+
+if TYPE_CHECKING:
+    from rwkvq.run import Run
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setting: section.key=value (repeatable).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Params = Annotated[Path, typer.Option("--params", help="Settings file.", show_default=True)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to `app`."""
+    app.command()(quantize)
+    app.command()(stage)
+    app.command()(plan)
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help=".pth or .safetensors checkpoint, or a folder of shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the packed model; must not exist yet.")],
+    calibration: Annotated[str, typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a data set's name.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or the RWKV World vocabulary (.txt).")],
+    policy: Annotated[str, typer.Option(help="rtn, sq, kmeans, vq or rwkvquant.")] = "rwkvquant",
+    preset: Annotated[str, typer.Option(help="text, camera, official or rwkvq.")] = "rwkvq",
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of making one.")] = None,
+    evaluate_text: Annotated[
+        Path | None, typer.Option("--evaluate", help="Text to measure perplexity and KL on.")
+    ] = None,
+    lambada: Annotated[Path | None, typer.Option(help="LAMBADA-style JSONL to measure on.")] = None,
+    workers: Annotated[int, typer.Option(help="Parallel block jobs; 0 = one per core.")] = 0,
+    work: Annotated[Path | None, typer.Option(help="Folder for intermediate files [default: OUT.work].")] = None,
+    keep_work: Annotated[bool, typer.Option(help="Keep intermediate files after success.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into the folder OUT: the whole line in this process, no server."""
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: already exists; choose another folder or pass --overwrite")
+    folder = work or out.with_name(out.name + ".work")
+    values: dict[str, Any] = {
+        "model": str(model),
+        "run_dir": str(folder),
+        "windows": {"source": calibration, "tokenizer": str(tokenizer)},
+        "plan": {"policy": policy, "preset": preset},
+        "evaluate": {
+            "text": str(evaluate_text) if evaluate_text else None,
+            "lambada": str(lambada) if lambada else None,
+        },
+        "run": {"workers": workers},
+    }
+    settings = parse(apply_overrides(values, overrides or []), "the command line")
+    summary = _run_line(settings, out, plan_file, overwrite=overwrite, keep=keep_work)
+    if as_json:
+        print_json(summary)
+
+
+def _run_line(settings: Settings, out: Path, plan_file: Path | None, *, overwrite: bool, keep: bool) -> dict[str, Any]:
+    from rwkvq import stages
+    from rwkvq.publish import publish
+    from rwkvq.report.collect import read_metrics
+    from rwkvq.run import Run
+
+    run = Run(settings)
+    with run_lock(run.folder):
+        remove_leftovers(run.folder)
+        with stage_bars() as bars:
+            results = stages.run_line(run, bars, plan_file)
+            for result in results:
+                if not result.ran:
+                    bars.note(result.stage, result.reason)
+        publish(run, out, overwrite=overwrite)
+        metrics = read_metrics(run.metrics)
+        show_summary(run, out)
+    if not keep:
+        stages.clear_work(run)
+    return {"artifact": str(out), "report": str(out / "report.html"), "metrics": metrics}
+
+
+def show_summary(run: Run, artifact: Path) -> None:
+    """Print the closing table of a run and where its results lie."""
+    from rwkvq.report.collect import read_summary
+
+    header, rows = read_summary(run)
+    console.print()
+    console.print(table("Result", header, rows))
+    report = artifact / "report.html"
+    console.print(f"\nartifact  {artifact}\nreport    {report if report.is_file() else run.report}")
+
+
+def stage(
+    name: Annotated[
+        str, typer.Argument(help="windows, activations, proxies, plan, quantize, pack, evaluate or report.")
+    ],
+    params: Params = Path("params.yaml"),
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run one stage of the line described by the settings file; a stage that is up to date returns at once."""
+    from rwkvq.run import Run
+    from rwkvq.stages import STAGES, run_stage
+
+    if name not in STAGES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(STAGES)}", param_hint="NAME")
+    run = Run(load(params, overrides or []))
+    with run_lock(run.folder), stage_bars() as bars:
+        result = run_stage(run, name, bars(name))
+        if not result.ran:
+            bars.note(name, result.reason)
+    if as_json:
+        print_json({"stage": name, "ran": result.ran, "reason": result.reason, "seconds": round(result.seconds, 2)})
+
+
+def plan(
+    params: Params = Path("params.yaml"),
+    model: Annotated[Path | None, typer.Option(help="Plan for this checkpoint instead of the settings' model.")] = None,
+    diff: Annotated[Path | None, typer.Option("--diff", help="Show how this plan.json differs from the plan.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan to this file, to be edited.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Dry run: what would run and why, the format of every tensor, exact bits, estimated seconds and memory."""
+    from rwkvq.dry_run import dry_run
+    from rwkvq.plan.plan import Plan
+    from rwkvq.plan.plan import diff as plan_diff
+    from rwkvq.run import Run
+
+    settings = load(params, [*([f"model={model}"] if model else []), *(overrides or [])])
+    preview = dry_run(Run(settings))
+    if out:
+        preview.plan.write(out)
+    if diff:
+        differences = plan_diff(Plan.read(diff), preview.plan)
+        if as_json:
+            print_json([str(item) for item in differences])
+        else:
+            for item in differences:
+                console.print(str(item), markup=False)
+            console.print(f"{len(differences)} differences")
+        return
+    if as_json:
+        print_json(preview.to_json())
+        return
+    console.print(table("Stages", ("stage", "runs", "seconds", "why"), preview.stage_rows()))
+    console.print()
+    console.print(table("Tensors", preview.FORMAT_HEADER, preview.format_rows()))
+    console.print()
+    console.print(table("Bits", ("quantity", "value"), preview.bit_rows()))
+    console.print(
+        f"\nestimated {preview.seconds:.0f} s on {preview.workers} workers, "
+        f"peak memory about {size(preview.peak_bytes)}, disk {size(preview.disk_bytes)}"
+    )

@@ -1,0 +1,181 @@
+"""What a run would do: which stages and why, the format of every tensor, exact bits, and an estimate of time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from rwkvq.checkpoint.names import weights_of
+from rwkvq.formats import ScalarLayout, VectorLayout
+from rwkvq.plan.bits import Totals, totals
+from rwkvq.plan.plan import Plan, PlannedTensor
+from rwkvq.plan.policies import make_plan
+from rwkvq.proxies import table
+from rwkvq.run import Run, cores
+from rwkvq.stages import STAGES, reason_for, stages_of
+
+_PROCESS_BYTES = 350_000_000
+"""A Python process with torch and this library, measured."""
+_SECONDS_PER_WEIGHT = {"rtn": 2e-8, "gptq": 7e-7, "kmeans": 3e-6, "gptvq": 7e-6, "elementwise": 2e-5}
+"""One-core seconds a weight of each method, measured on rwkv7-9m (benchmarks/quality.md); the matmuls are counted apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The result of a dry run. Seconds and bytes are estimates, bits are exact."""
+
+    plan: Plan
+    totals: Totals
+    stages: tuple[tuple[str, float, str], ...]
+    """(stage, estimated seconds, why it runs); seconds 0 and `up to date` where nothing is to do."""
+    workers: int
+    peak_bytes: float
+    disk_bytes: float
+
+    FORMAT_HEADER: ClassVar[tuple[str, ...]] = ("class", "format", "method", "tensors", "weights", "bits/weight")
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds of all stages that would run."""
+        return sum(seconds for _, seconds, _ in self.stages)
+
+    def stage_rows(self) -> list[tuple[str, ...]]:
+        """Rows (stage, runs, seconds, why)."""
+        return [
+            (name, "no" if why == "up to date" else "yes", f"{seconds:.0f}" if seconds else "", why)
+            for name, seconds, why in self.stages
+        ]
+
+    def format_rows(self) -> list[tuple[str, ...]]:
+        """Rows by class, format and method: count, weights, stored bits a weight."""
+        groups: dict[tuple[str, str, str], list[PlannedTensor]] = {}
+        for entry in self.plan.tensors:
+            groups.setdefault((entry.weight_class, entry.layout.format, entry.method), []).append(entry)
+        return [
+            (*key, str(len(group)), f"{(count := sum(e.numel for e in group)):,}", f"{_bits(group) / count:.3f}")
+            for key, group in sorted(groups.items())
+        ]
+
+    def bit_rows(self) -> list[tuple[str, str]]:
+        """Every quantity of the totals, as text."""
+        return [
+            (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+            for name, value in asdict(self.totals).items()
+            if value is not None
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "stages": [{"stage": name, "seconds": seconds, "why": why} for name, seconds, why in self.stages],
+            "totals": asdict(self.totals),
+            "formats": dict(Counter(f"{entry.layout.format}/{entry.method}" for entry in self.plan.tensors)),
+            "tensors": [
+                {"name": entry.name, "format": entry.layout.format, "method": entry.method, "reason": entry.reason}
+                for entry in self.plan.tensors
+            ],
+            "seconds": self.seconds,
+            "workers": self.workers,
+            "peak_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+def _bits(entries: list[PlannedTensor]) -> int:
+    return sum(entry.stored_bits for entry in entries)
+
+
+def dry_run(run: Run) -> Preview:
+    """Plan a run without writing anything. Raises CheckpointError, PlanError."""
+    plan = preview_plan(run)
+    flops = _flops(run, plan)
+    rate = measured_flops()
+    stages = []
+    upstream = False
+    for name in stages_of(run):
+        why = reason_for(run, STAGES[name]) or ("an earlier stage runs" if upstream else None)
+        upstream = upstream or why is not None
+        stages.append((name, _seconds(run, plan, name, flops, rate) if why else 0.0, why or "up to date"))
+    return Preview(plan, totals(plan), tuple(stages), run.workers, _peak_bytes(run), _disk_bytes(run, plan))
+
+
+def preview_plan(run: Run) -> Plan:
+    """The plan this run's settings give, from proxies computed in memory."""
+    source = run.checkpoint
+    weights = weights_of(source.spec, {name: source.shape(name) for name in source.names()})
+    rows = []
+    for index in range(source.spec.layers):
+        rows += table.measure_block(source, [w for w in weights if w.block == index], run.settings.proxies)
+    return make_plan(source, rows, run.settings.plan, run.settings.quantize, run.settings.seed)
+
+
+def measured_flops() -> float:
+    """Multiply-adds a second of one core on this machine now, from a short float32 matrix product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        left = torch.ones(512, 512)
+        best = float("inf")
+        for _ in range(5):
+            begin = time.perf_counter()
+            left @ left
+            best = min(best, time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    return 512**3 / best
+
+
+@dataclass(frozen=True, slots=True)
+class _Flops:
+    """Multiply-adds over all calibration tokens: one forward pass, and the second moments."""
+
+    forward: float
+    moments: float
+
+
+def _flops(run: Run, plan: Plan) -> _Flops:
+    tokens = run.settings.windows.samples * run.settings.windows.length
+    matrices = [entry for entry in plan.tensors if entry.weight_class in ("matrix", "lora")]
+    forward = sum(entry.numel for entry in matrices)
+    layouts = [entry.layout for entry in matrices if entry.method in ("gptq", "gptvq")]
+    moments = sum(layout.columns**2 for layout in layouts if isinstance(layout, ScalarLayout | VectorLayout))
+    return _Flops(float(tokens * forward), float(tokens * moments))
+
+
+def _seconds(run: Run, plan: Plan, stage: str, flops: _Flops, rate: float) -> float:
+    """Estimated wall seconds of one stage on this run's workers. The recurrence costs about as much as the matmuls."""
+    if stage == "activations":
+        return 2 * flops.forward / (rate * cores())
+    if stage == "quantize":
+        methods = sum(entry.numel * _SECONDS_PER_WEIGHT.get(entry.method, 0.0) for entry in plan.tensors)
+        return (2 * flops.forward / rate + flops.moments / rate + methods) / run.workers
+    if stage == "evaluate":
+        settings = run.settings.evaluate
+        spec = run.checkpoint.spec
+        tokens = (settings.windows * settings.length if settings.text else 0) + (
+            90 * (settings.lambada_limit or 5000) if settings.lambada else 0
+        )
+        models = 2 + len(settings.baselines)
+        per_token = flops.forward / (run.settings.windows.samples * run.settings.windows.length)
+        return models * tokens * (2 * per_token + 4 * spec.vocab * spec.width) / (rate * cores())
+    return 1.0
+
+
+def _peak_bytes(run: Run) -> float:
+    """The parent and its workers: each holds one float32 block, its second moments and a batch of windows."""
+    spec, settings = run.checkpoint.spec, run.settings
+    block = 4.0 * (6 * spec.width**2 + 2 * spec.width * spec.ffn)
+    moments = 8.0 * (9 * spec.width**2 + spec.ffn**2)
+    batch = 4.0 * settings.activations.batch * settings.windows.length * (20 * spec.width + 2 * spec.ffn)
+    return (1 + run.workers) * (_PROCESS_BYTES + block + batch) + run.workers * moments
+
+
+def _disk_bytes(run: Run, plan: Plan) -> float:
+    """The activation cache (float16) and two copies of the codes."""
+    settings, spec = run.settings.windows, run.checkpoint.spec
+    tokens = (settings.samples + settings.held_out) * settings.length
+    return 2.0 * tokens * spec.width * (spec.layers + 1) + 2 * sum(entry.stored_bits for entry in plan.tensors) / 8

@@ -1,0 +1,123 @@
+"""The engine: runs a checkpoint or an artifact, in sequence mode or with an explicit state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rwkvq.artifact.layout import PROVENANCE, QUANTIZATION, SUMS, TOKENIZER_SUFFIXES
+from rwkvq.artifact.reader import open_artifact
+from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
+from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.errors import EvaluationError, TokenizerError
+from rwkvq.models import BlockState, embed, final_norm, load_block, run_block
+from rwkvq.models.tokenizer import Tokenizer, check_fits, load_tokenizer
+
+
+def is_artifact(path: Path) -> bool:
+    """True if `path` is an artifact folder, even a damaged one; false for every kind of checkpoint."""
+    return any((path / name).is_file() for name in (QUANTIZATION, PROVENANCE, SUMS))
+
+
+def open_model(path: Path) -> WeightSource:
+    """Open an artifact folder or a checkpoint. Raises ArtifactError or CheckpointError."""
+    return open_artifact(path) if is_artifact(path) else open_checkpoint(path)
+
+
+def open_tokenizer(model: Path, tokenizer: Path | None, spec: ModelSpec) -> Tokenizer:
+    """Open `tokenizer`, or for None the copy inside the artifact folder `model`, and check that it fits the model.
+
+    Raises TokenizerError if there is none, it cannot be read, or it can produce ids outside the vocabulary.
+    """
+    path = tokenizer or _tokenizer_inside(model)
+    result = load_tokenizer(path)
+    check_fits(result, spec, path)
+    return result
+
+
+def _tokenizer_inside(model: Path) -> Path:
+    for suffix in TOKENIZER_SUFFIXES:
+        if (path := model / f"tokenizer{suffix}").is_file():
+            return path
+    raise TokenizerError(f"{model}: found no tokenizer in it; name one with --tokenizer FILE")
+
+
+class Engine:
+    """Runs the model of `source` on the CPU.
+
+    Weights are decoded to `dtype` (float32 or float64). With `resident` the decoded blocks are kept; without, one
+    block is in memory at a time and decoded again for every batch, which is how a model larger than memory runs.
+    The embedding stays in its stored type, because only the rows of the current tokens are ever cast.
+    """
+
+    def __init__(self, source: WeightSource, *, dtype: torch.dtype = torch.float32, resident: bool = True) -> None:
+        assert dtype in (torch.float32, torch.float64), dtype
+        self.source = source
+        self.dtype = dtype
+        self.resident = resident
+        self._blocks: dict[int, dict[str, Tensor]] = {}
+        self._embedding = source.tensor("emb.weight")
+        self._head = source.tensor("head.weight").to(dtype)
+        self._norm = tuple(source.tensor(f"ln_out.{part}").reshape(-1).to(dtype) for part in ("weight", "bias"))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Version and sizes of the model."""
+        return self.source.spec
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return ln_out of the last block, [batch, time, width], for ids [batch, time] int64 from a zero state."""
+        return self.run(ids, None)[0]
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, state: list[BlockState] | None) -> tuple[Tensor, list[BlockState]]:
+        """Return ln_out of the last block, [batch, time, width], and the state after the last token.
+
+        ids [batch, time] int64; `state` is the one after the tokens before, None for a zero state. Raises
+        EvaluationError for an id outside the vocabulary.
+        """
+        self._check(ids)
+        x, v_first, after = self._embedded(ids), None, []
+        for index in range(self.spec.layers):
+            before = None if state is None else state[index]
+            x, block_state, v_first = run_block(self.spec, index, self._block(index), x, state=before, v_first=v_first)
+            after.append(block_state)
+        return final_norm(x, *self._norm), after
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., vocab] of hidden [..., width], in the engine's dtype."""
+        return functional.linear(hidden, self._head)
+
+    def initial_state(self, batch: int) -> list[BlockState]:
+        """Return the zero state of `batch` sequences, one BlockState a block."""
+        return [BlockState.zero(self.spec, batch, self.dtype) for _ in range(self.spec.layers)]
+
+    def forward(self, ids: Tensor, state: list[BlockState]) -> tuple[Tensor, list[BlockState]]:
+        """Return the logits [batch, time, vocab] of ids [batch, time] that follow `state`, and the state after them."""
+        hidden, after = self.run(ids, state)
+        return self.logits(hidden), after
+
+    def _block(self, index: int) -> dict[str, Tensor]:
+        if index not in self._blocks:
+            weights = load_block(self.source, index, self.dtype)
+            if not self.resident:
+                return weights
+            self._blocks[index] = weights
+        return self._blocks[index]
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        first = self._block(0)
+        return embed(self._embedding, first["ln0.weight"], first["ln0.bias"], ids)
+
+    def _check(self, ids: Tensor) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.spec.vocab:
+            wrong = low if low < 0 else high
+            raise EvaluationError(
+                f"{self.source.path}: token id {wrong} is outside the vocabulary of {self.spec.vocab}; "
+                "use the tokenizer that the model was trained with"
+            )

@@ -1,0 +1,214 @@
+"""Policies: from a model, its table of proxies and the settings to a plan. Nothing is quantized here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rwkvq.checkpoint.names import Weight, weights_of
+from rwkvq.checkpoint.reader import Checkpoint
+from rwkvq.errors import PlanError
+from rwkvq.formats import Layout
+from rwkvq.plan import layouts
+from rwkvq.plan.decide import Arm, Candidate, Verdict, decide
+from rwkvq.plan.plan import Plan
+from rwkvq.plan.presets import Resolved, resolve_preset
+from rwkvq.plan.tensor import Method, PlannedTensor, ProxyValues
+from rwkvq.proxies.table import Row
+from rwkvq.settings import PlanSettings, Policy, QuantizeSettings
+
+ARM_OF: Mapping[Policy, tuple[Arm, Method]] = {
+    "rtn": ("sq", "rtn"),
+    "sq": ("sq", "gptq"),
+    "kmeans": ("vq", "kmeans"),
+    "vq": ("vq", "gptvq"),
+}
+"""The arm and method of every matrix under the policies that decide nothing."""
+
+METHOD_OF: Mapping[Arm, Method] = {"sq": "gptq", "vq": "gptvq"}
+"""The method of each arm under policy `rwkvquant`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What becomes of one weight."""
+
+    layout: Layout
+    method: Method
+    reason: str
+
+
+def make_plan(
+    source: Checkpoint, rows: Sequence[Row], plan: PlanSettings, quantize: QuantizeSettings, seed: int
+) -> Plan:
+    """Plan every weight of `source`.
+
+    rows: its table of proxies, which policy `rwkvquant` needs and the others only record. Raises PlanError for a group
+    size that does not fit, a target that cannot be met, or a table of another model; SettingsError for settings that
+    contradict each other.
+    """
+    settings = resolve_preset(plan, quantize)
+    shapes = {name: source.shape(name) for name in source.names()}
+    weights = weights_of(source.spec, shapes)
+    table = _checked_rows(weights, rows)
+    decided = [weight for weight in weights if _is_decided(weight, settings)]
+    verdict = _judge(decided, table, settings)
+    choices = [_choose(weight, source.dtype(weight.tensor), settings, verdict) for weight in weights]
+    return Plan(
+        model_sha256=source.identity(),
+        spec=source.spec,
+        policy=settings.policy,
+        preset=settings.preset,
+        seed=seed,
+        bits=settings.bits,
+        decision=settings.decision.to_json() if settings.policy == "rwkvquant" else {},
+        thresholds=dict(verdict.thresholds),
+        tensors=tuple(
+            _planned(weight, shapes[weight.tensor], choice, table.get(weight.name), settings)
+            for weight, choice in zip(weights, choices, strict=True)
+        ),
+        dropped=source.unused,
+    )
+
+
+def _planned(
+    weight: Weight, tensor_shape: tuple[int, ...], choice: _Choice, row: Row | None, settings: Resolved
+) -> PlannedTensor:
+    return PlannedTensor(
+        name=weight.name,
+        tensor=weight.tensor,
+        index=weight.index,
+        transposed=weight.transposed,
+        weight_class=weight.weight_class,
+        block=weight.block,
+        tensor_shape=tensor_shape,
+        layout=choice.layout,
+        method=choice.method,
+        options=method_options(choice.method, weight, settings),
+        reason=choice.reason,
+        proxies=_proxy_values(row, settings),
+    )
+
+
+def _is_decided(weight: Weight, settings: Resolved) -> bool:
+    """True for the weights that go to one of the two arms."""
+    return weight.weight_class == "matrix" or (weight.weight_class == "lora" and settings.lora == "quantize")
+
+
+def _checked_rows(weights: Sequence[Weight], rows: Sequence[Row]) -> dict[str, Row]:
+    """The table by name. Raises PlanError if it has rows of another model."""
+    shapes = {weight.name: weight.shape for weight in weights}
+    for row in rows:
+        if shapes.get(row.name) != row.shape:
+            raise PlanError(
+                f"table of proxies: {row.name} is {list(row.shape)}, but the model has {shapes.get(row.name)} there; "
+                "run the stage `proxies` again"
+            )
+    return {row.name: row for row in rows}
+
+
+def _proxy_values(row: Row | None, settings: Resolved) -> ProxyValues | None:
+    if row is None:
+        return None
+    mode = settings.decision.gap_mode
+    measures = row.measures.of_mode(mode)
+    return ProxyValues(p_c=measures.p_c, p_f=measures.p_f, gap_mode=mode)
+
+
+def _judge(decided: Sequence[Weight], table: Mapping[str, Row], settings: Resolved) -> Verdict:
+    """The arm of every decided weight."""
+    if settings.policy != "rwkvquant":
+        arm, _ = ARM_OF[settings.policy]
+        reason = f"{arm}: policy {settings.policy} treats all matrices alike"
+        return Verdict({weight.name: arm for weight in decided}, {weight.name: reason for weight in decided}, {})
+    missing = [weight.name for weight in decided if weight.name not in table]
+    if missing:
+        raise PlanError(f"table of proxies: no row for {missing[0]} ({len(missing)} missing); run the stage `proxies`")
+    return decide([_candidate(weight, table[weight.name], settings) for weight in decided], settings.decision)
+
+
+def _candidate(weight: Weight, row: Row, settings: Resolved) -> Candidate:
+    measures = row.measures.of_mode(settings.decision.gap_mode)
+    return Candidate(
+        name=weight.name,
+        numel=row.numel,
+        p_c=measures.p_c,
+        p_f=measures.p_f,
+        max_over_rms=row.measures.max_over_rms,
+        sq_bits=layouts.scalar_layout(weight, settings, settings.bits)[0].stored_bits(),
+        vq_bits=layouts.vector_layout(weight, settings)[0].stored_bits(),
+    )
+
+
+def _choose(weight: Weight, dtype: torch.dtype, settings: Resolved, verdict: Verdict) -> _Choice:
+    """Layout, method and reason of one weight."""
+    if weight.name in verdict.arms:
+        return _choose_arm(weight, settings, verdict)
+    if weight.weight_class == "elementwise":
+        return _choose_elementwise(weight, dtype, settings)
+    if weight.weight_class == "lora":
+        if settings.lora == "fp16":
+            return _Choice(layouts.half_layout(weight, dtype), "keep", "plan.lora is fp16")
+        layout, remark = layouts.scalar_layout(weight, settings, 8)
+        return _Choice(layout, "rtn", _joined("plan.lora is int8", remark))
+    bits = {"emb.weight": settings.emb_bits, "head.weight": settings.head_bits}.get(weight.tensor, 0)
+    if bits == 8:
+        return _Choice(layouts.row_layout(weight), "rtn", f"plan.{weight.tensor.split('.')[0]}_bits is 8")
+    if bits:
+        return _Choice(layouts.kept_layout(weight, dtype), "keep", f"plan.{weight.tensor.split('.')[0]}_bits is 16")
+    return _Choice(layouts.kept_layout(weight, dtype), "keep", "norms, biases and decay vectors are never quantized")
+
+
+def _choose_arm(weight: Weight, settings: Resolved, verdict: Verdict) -> _Choice:
+    arm = verdict.arms[weight.name]
+    method = METHOD_OF[arm] if settings.policy == "rwkvquant" else ARM_OF[settings.policy][1]
+    layout: Layout
+    if arm == "sq":
+        layout, remark = layouts.scalar_layout(weight, settings, settings.bits)
+    else:
+        layout, remark = layouts.vector_layout(weight, settings)
+    return _Choice(layout, method, _joined(verdict.reasons[weight.name], remark))
+
+
+def _choose_elementwise(weight: Weight, dtype: torch.dtype, settings: Resolved) -> _Choice:
+    chosen = settings.elementwise.format
+    reason = f"plan.elementwise is {chosen}"
+    if chosen == "vq":
+        return _Choice(layouts.elementwise_layout(weight, settings), "elementwise", reason)
+    if chosen == "fp16":
+        return _Choice(layouts.half_layout(weight, dtype), "keep", reason)
+    bits = 8 if chosen == "int8" else settings.bits
+    return _Choice(layouts.elementwise_scalar_layout(weight, settings, bits), "rtn", reason)
+
+
+def _joined(reason: str, remark: str) -> str:
+    return f"{reason}; {remark}" if remark else reason
+
+
+def method_options(method: Method, weight: Weight, settings: Resolved) -> dict[str, Any]:
+    """The options of a method as plain values (plan.tensor.OPTIONS_OF)."""
+    scalar, vector, elementwise = settings.scalar, settings.vector, settings.elementwise
+    # what is stored in 8 bits outside the arms gains nothing from cutting off extremes
+    clip_search = scalar.clip_search and _is_decided(weight, settings)
+    options: Mapping[Method, dict[str, Any]] = {
+        "keep": {},
+        "rtn": {"clip_search": clip_search},
+        "gptq": {
+            "clip_search": clip_search,
+            "static_groups": scalar.static_groups,
+            "act_order": scalar.act_order,
+            "damping": settings.damping,
+        },
+        "kmeans": {"iterations": vector.iterations},
+        "gptvq": {
+            "iterations": vector.iterations,
+            "exact_assignment": vector.exact_assignment,
+            "m_step": vector.m_step,
+            "damping": settings.damping,
+        },
+        "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
+    }
+    return options[method]

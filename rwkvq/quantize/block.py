@@ -1,0 +1,247 @@
+"""The job of one block: statistics from its cached inputs, then every planned tensor, each written when it is done.
+
+A job names files only, so it runs in this process, in a worker process or on another machine. A tensor whose file already
+carries the key of the same work is kept, so a job that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from rwkvq.calibration import activations, statistics
+from rwkvq.calibration.statistics import Weighting
+from rwkvq.checkpoint.names import Weight, extract, weights_of
+from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
+from rwkvq.checkpoint.writer import write_safetensors
+from rwkvq.errors import QuantizationError
+from rwkvq.files import canonical_json, code_version, sha256_of_bytes
+from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, VectorLayout
+from rwkvq.models import load_block
+from rwkvq.plan.plan import Plan, PlannedTensor
+from rwkvq.quantize import elementwise, gptq, gptvq, kmeans, rtn
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+CODE = (
+    "rwkvq.quantize",
+    "rwkvq.formats",
+    "rwkvq.models",
+    "rwkvq.calibration.statistics",
+    "rwkvq.calibration.activations",
+    "rwkvq.checkpoint.names",
+)
+"""The sources that decide the bytes of a quantized tensor."""
+
+NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise"}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockJob:
+    """One block to quantize, as file names. `block` None = the tensors outside the blocks (embedding, head)."""
+
+    checkpoint: str
+    plan: str
+    activations: str
+    out_dir: str
+    block: int | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the tensors of this block are written."""
+        return Path(self.out_dir) / ("outer" if self.block is None else f"block-{self.block:03d}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorError:
+    """What quantization did to one weight.
+
+    weight_error: ||W - Q||^2 / ||W||^2. output_error: tr(dW H dW^T) / tr(W H W^T), with H the second moment of the
+    weight's own input on the calibration windows (for element-wise weights sum s dw^2 / sum s w^2); None without statistics.
+    """
+
+    weight_error: float
+    output_error: float | None
+
+
+def planned_for(plan: Plan, block: int | None) -> list[PlannedTensor]:
+    """The tensors of `block` that are quantized, in plan order; kept tensors need no job."""
+    return [entry for entry in plan.tensors if entry.block == block and entry.method != "keep"]
+
+
+def tensor_path(folder: Path, entry: PlannedTensor) -> Path:
+    """File of one quantized tensor."""
+    return folder / f"{entry.name}.safetensors"
+
+
+def work_key(entry: PlannedTensor, model: str, windows: str) -> str:
+    """Hash of all that decides the bytes of this tensor; the windows count only where statistics are used."""
+    parts = {
+        "tensor": entry.name,
+        "layout": entry.layout.to_json(),
+        "method": entry.method,
+        "options": entry.options,
+        "model": model,
+        "windows": windows if entry.method in NEEDS_STATISTICS else None,
+        "code": code_version(CODE),
+    }
+    return sha256_of_bytes(canonical_json(parts).encode())
+
+
+def read_done(path: Path, key: str) -> TensorError | None:
+    """The error row of a finished tensor, or None if `path` is not the result of the work `key`."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            digest = _digest({name: file.get_tensor(name) for name in sorted(file.keys())})
+    except (safetensors.SafetensorError, OSError):
+        return None
+    if metadata.get("key") != key or metadata.get("digest") != digest:
+        return None
+    return TensorError(**json.loads(metadata["error"]))
+
+
+def _digest(parts: Mapping[str, Tensor]) -> str:
+    data = b"".join(
+        name.encode() + parts[name].contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(parts)
+    )
+    return sha256_of_bytes(data)
+
+
+def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
+    """Quantize one block; return the names of the tensors that were computed (not kept from an earlier run).
+
+    Sends {"tensor": name, "done": n, "total": n, "kept": bool} after each. Raises CheckpointError, PlanError,
+    ActivationError, QuantizationError, OutputError.
+    """
+    work = BlockJob(**job)
+    source = open_checkpoint(Path(work.checkpoint))
+    plan = Plan.read(Path(work.plan))
+    entries = planned_for(plan, work.block)
+    windows = activations.cache_windows(Path(work.activations)) if _needs_statistics(entries) else ""
+    keys = {entry.name: work_key(entry, plan.model_sha256, windows) for entry in entries}
+    done = {entry.name for entry in entries if read_done(tensor_path(work.folder, entry), keys[entry.name])}
+    for count, name in enumerate(sorted(done), 1):
+        on_event({"tensor": name, "done": count, "total": len(entries), "kept": True})
+    todo = [entry for entry in entries if entry.name not in done]
+    if not todo:
+        return []
+    inputs = _statistics(work, source, todo)
+    catalogue = _weights(source)
+    for count, entry in enumerate(todo, len(done) + 1):
+        weight = extract(source.tensor(entry.tensor), catalogue[entry.name]).float()
+        parts, error = quantize_tensor(weight, entry, inputs)
+        _write(tensor_path(work.folder, entry), parts, keys[entry.name], error)
+        on_event({"tensor": entry.name, "done": count, "total": len(entries), "kept": False})
+    return [entry.name for entry in todo]
+
+
+def _needs_statistics(entries: list[PlannedTensor]) -> bool:
+    return any(entry.method in NEEDS_STATISTICS for entry in entries)
+
+
+def _weights(source: WeightSource) -> dict[str, Weight]:
+    shapes = {name: source.shape(name) for name in source.names()}
+    return {weight.name: weight for weight in weights_of(source.spec, shapes)}
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Statistics by weight name: second moments [in, in] of matrices and LoRA factors, importance [size] of vectors."""
+
+    second_moments: Mapping[str, Tensor]
+    importance: Mapping[str, Tensor]
+
+
+def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor]) -> Inputs:
+    wanted = [entry for entry in todo if entry.method in NEEDS_STATISTICS]
+    if not wanted or work.block is None:
+        return Inputs({}, {})
+    catalogue = _weights(source)
+    choices = {
+        (entry.options["weight"], entry.options["percentile"]) for entry in wanted if entry.method == "elementwise"
+    }
+    if len(choices) > 1:
+        raise QuantizationError(
+            f"{work.plan}: block {work.block} asks for {len(choices)} element-wise weightings; use one"
+        )
+    weighting: Weighting = "none"
+    percentile = 100.0
+    if choices:
+        weighting, percentile = choices.pop()
+    collected = statistics.collect(
+        source.spec,
+        work.block,
+        load_block(source, work.block),
+        activations.read_block(Path(work.activations), work.block, model_sha256=source.identity()),
+        [catalogue[entry.name] for entry in wanted],
+        weighting=weighting,
+        percentile=percentile,
+    )
+    sites = {entry.name: catalogue[entry.name].site for entry in wanted if entry.method != "elementwise"}
+    return Inputs({name: collected.second_moments[str(site)] for name, site in sites.items()}, collected.importance)
+
+
+def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tuple[dict[str, Tensor], TensorError]:
+    """Quantize one float32 weight by the plan's method.
+
+    weight [out, in] or [size]. Returns the packed parts (format's layout) and the error. Raises QuantizationError.
+    """
+    second_moment = inputs.second_moments.get(entry.name)
+    importance = inputs.importance.get(entry.name)
+    codes = _encode(weight, entry, second_moment, importance)
+    form = FORMATS[entry.layout.format]
+    difference = form.decode(codes).reshape(weight.shape).double() - weight.double()
+    error = _error(difference, weight.double(), second_moment, importance)
+    if not math.isfinite(error.weight_error):
+        raise QuantizationError(
+            f"{entry.name}: {entry.method} gave values that are not finite; keep this tensor in the plan"
+        )
+    return form.pack(codes), error
+
+
+def _encode(weight: Tensor, entry: PlannedTensor, second_moment: Tensor | None, importance: Tensor | None) -> Any:
+    layout, options = entry.layout, entry.options
+    if entry.method == "elementwise":
+        assert isinstance(layout, ElementwiseLayout) and importance is not None
+        return elementwise.quantize(weight, importance, layout)
+    matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
+    if entry.method == "rtn":
+        assert isinstance(layout, ScalarLayout)
+        return rtn.quantize(matrix, layout, clip_search=options.get("clip_search", False))
+    if entry.method == "gptq":
+        assert isinstance(layout, ScalarLayout) and second_moment is not None
+        return gptq.quantize(matrix, second_moment, layout, gptq.GptqOptions.from_json(options))
+    assert isinstance(layout, VectorLayout)
+    if entry.method == "kmeans":
+        return kmeans.quantize(matrix, layout, iterations=options["iterations"])
+    assert second_moment is not None
+    return gptvq.quantize(matrix, second_moment, layout, gptvq.GptvqOptions.from_json(options))
+
+
+def _error(difference: Tensor, weight: Tensor, second_moment: Tensor | None, importance: Tensor | None) -> TensorError:
+    relative = (difference.square().sum() / weight.square().sum().clamp_min(1e-30)).item()
+    if second_moment is not None:
+        moment = second_moment.double()
+        loss, scale = (torch.einsum("oi,ij,oj->", x, moment, x) for x in (difference, weight))
+    elif importance is not None:
+        loss, scale = (importance.double() @ x.square().flatten() for x in (difference, weight))
+    else:
+        return TensorError(relative, None)
+    return TensorError(relative, (loss / scale.clamp_min(1e-30)).item())
+
+
+def _write(path: Path, parts: Mapping[str, Tensor], key: str, error: TensorError) -> None:
+    metadata = {"key": key, "digest": _digest(parts), "error": json.dumps(asdict(error), sort_keys=True)}
+    entries = [(name, part.dtype, tuple(part.shape)) for name, part in sorted(parts.items())]
+    write_safetensors(path, entries, sorted(parts.items()), metadata)

@@ -1,0 +1,33 @@
+"""Reading quantizer options from plain values, which come from an editable plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from rwkvq.errors import PlanError
+
+Options = TypeVar("Options")
+
+
+def read_options(options: type[Options], method: str, json: Mapping[str, Any]) -> Options:
+    """Build a dataclass of bool, int and float fields from plain values; missing ones take their defaults.
+
+    A bool must be true or false, an int at least 0, a float above 0 and at most 1. Raises PlanError otherwise, and for
+    unknown keys.
+    """
+    known = {field.name: type(field.default) for field in fields(options)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in json.items():
+        if key not in known:
+            raise PlanError(f"{method} options: {key} is unknown; known: {', '.join(known)}")
+        fits, expected = {
+            bool: (type(value) is bool, "true or false"),
+            int: (type(value) is int and value >= 0, "an integer from 0"),
+            float: (type(value) in (int, float) and 0 < value <= 1, "a number above 0 and at most 1"),
+        }[known[key]]
+        if not fits:
+            raise PlanError(f"{method} options: {key} is {value!r}, expected {expected}")
+        values[key] = float(value) if known[key] is float else value
+    return options(**values)

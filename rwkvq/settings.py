@@ -1,0 +1,281 @@
+"""Settings: one section a stage, validated into frozen typed values, all problems in one error.
+
+The defaults here are the defaults of the whole program. `params.yaml` and `--set section.key=value` override them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rwkvq.errors import SettingsError
+
+MAX_PARAMS_BYTES = 1 << 20
+"""A params file is a page of text; anything larger is refused unread."""
+
+GapMode = Literal["raw", "distinct", "unique", "quantile"]
+Policy = Literal["rtn", "sq", "kmeans", "vq", "rwkvquant"]
+Preset = Literal["text", "camera", "official", "rwkvq"]
+DecisionMode = Literal["fixed", "percentile", "share", "maxrms"]
+ShareBy = Literal["count", "weights", "bits"]
+Bits = Literal[2, 3, 4, 8]
+Dimension = Literal[1, 2, 4]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A section of the settings: immutable, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class WindowsSettings(Section):
+    """Calibration text and how it is cut into windows of tokens."""
+
+    source: str = "calibration.txt"
+    """A .txt, .jsonl or .parquet file, or the name of a data set (`lambada`, `wikitext`)."""
+    field: str = "text"
+    """The JSONL field or Parquet column that holds the text."""
+    tokenizer: str = "tokenizer.json"
+    """A Hugging Face tokenizer.json or the RWKV World vocabulary (.txt)."""
+    samples: PositiveInt = 128
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens a window."""
+    held_out: Annotated[int, Field(ge=0)] = 8
+    """Windows beyond `samples` that no statistic uses; choices are judged on them."""
+
+
+class ActivationsSettings(Section):
+    """How the inputs of every block are computed and stored."""
+
+    batch: PositiveInt = 8
+    """Windows that run through a block at once."""
+
+
+class ProxiesSettings(Section):
+    """The coarse and fine proxies (method.md 2 and 3)."""
+
+    order: Annotated[int, Field(ge=2, le=6)] = 4
+    """K, the highest moment in P_f."""
+    quantiles: Annotated[int, Field(ge=4, le=4096)] = 64
+    """m, the number of gaps in gap mode `quantile`."""
+
+
+class DecisionSettings(Section):
+    """How the policy `rwkvquant` sends each weight to scalar (SQ) or vector quantization (VQ). None = from the preset."""
+
+    mode: DecisionMode | None = None
+    gap_mode: GapMode | None = None
+    tau_c: float | None = None
+    tau_f: float | None = None
+    """Thresholds of mode `fixed`."""
+    coarse: Fraction | None = None
+    fine: Fraction | None = None
+    """C and F of mode `percentile`."""
+    share: Fraction | None = None
+    """Target share of SQ in mode `share`, by count or by weights."""
+    share_by: ShareBy | None = None
+    target_bits: Annotated[float, Field(gt=1.0, le=16.0)] | None = None
+    """Target stored bits per matrix weight in mode `share` with share_by `bits`."""
+    max_over_rms: Annotated[float, Field(gt=0.0)] | None = None
+    """Threshold of mode `maxrms`: larger goes to VQ."""
+
+
+class PlanSettings(Section):
+    """Which format every tensor gets."""
+
+    policy: Policy = "rwkvquant"
+    preset: Preset = "rwkvq"
+    decision: DecisionSettings = DecisionSettings()
+    elementwise: Literal["vq", "rtn", "int8", "fp16"] | None = None
+    """Format of the element-wise multiplication weights; None = from the preset."""
+    lora: Literal["quantize", "int8", "fp16"] = "quantize"
+    emb_bits: Literal[8, 16] = 16
+    head_bits: Literal[8, 16] = 16
+
+
+class ScalarSettings(Section):
+    """The SQ arm (method.md 5). None = from the preset."""
+
+    group_size: PositiveInt | None = None
+    symmetric: bool | None = None
+    clip_search: bool | None = None
+    static_groups: bool = False
+    """Fix all group grids before the first column is rounded."""
+    act_order: bool = False
+    """Process columns by falling second moment; needs static_groups, so nothing has to be stored."""
+
+    @model_validator(mode="after")
+    def _act_order_needs_static_groups(self) -> ScalarSettings:
+        if self.act_order and not self.static_groups:
+            raise ValueError("act_order needs static_groups: true")
+        return self
+
+
+class VectorSettings(Section):
+    """The VQ arm (method.md 6). None = from the preset. A codebook holds 2**(bits * dimension) entries."""
+
+    dimension: Dimension | None = None
+    group_rows: PositiveInt | None = None
+    group_columns: PositiveInt | None = None
+    codebook_bits: Literal[8, 16] = 8
+    svd_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Kept fraction of the codebooks' singular values (variant `official_1d`); only with dimension 1."""
+    iterations: PositiveInt = 100
+    exact_assignment: bool = True
+    """Assign by the full metric inside the vector instead of its diagonal."""
+    m_step: bool = True
+    """Update the codebooks on the quadratic loss with assignments fixed."""
+
+
+class ElementwiseSettings(Section):
+    """Codebooks of the element-wise weights (method.md 7)."""
+
+    weight: Literal["second_moment", "mean_sq", "official", "none"] | None = None
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.0
+    """x^2 is clipped at this percentile over tokens; 100 = not clipped."""
+    block: PositiveInt = 64
+    entries: Annotated[int, Field(ge=2, le=256)] = 8
+
+
+class QuantizeSettings(Section):
+    """How tensors are quantized and on how many workers."""
+
+    bits: Bits = 3
+    scalar: ScalarSettings = ScalarSettings()
+    vector: VectorSettings = VectorSettings()
+    elementwise: ElementwiseSettings = ElementwiseSettings()
+    damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
+
+
+class RunSettings(Section):
+    """Where and how work runs. Changes nothing in any result."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Parallel block jobs; 0 = one per core."""
+    threads: PositiveInt = 1
+    """Torch threads of each block job."""
+    runner: Literal["threads", "processes", "dask"] = "threads"
+    """Prefect task runner of the flow."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    task_timeout: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds one task may take."""
+
+
+class EvaluateSettings(Section):
+    """What the artifact and the float model are compared on."""
+
+    text: str | None = None
+    field: str = "text"
+    windows: PositiveInt = 64
+    length: Annotated[int, Field(ge=2)] = 512
+    lambada: str | None = None
+    """A JSONL file with one {"text": ...} a line."""
+    lambada_limit: PositiveInt | None = 500
+    batch: PositiveInt = 16
+    baselines: tuple[Literal["rtn"], ...] = ("rtn",)
+
+
+class Settings(Section):
+    """Everything a run depends on."""
+
+    model: str = "model.pth"
+    """A .pth or .safetensors checkpoint, or a folder of shards with their index."""
+    run_dir: str = "data/runs/default"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    windows: WindowsSettings = WindowsSettings()
+    activations: ActivationsSettings = ActivationsSettings()
+    proxies: ProxiesSettings = ProxiesSettings()
+    plan: PlanSettings = PlanSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    run: RunSettings = RunSettings()
+
+
+def _tuples(value: Any) -> Any:
+    """YAML lists as tuples, ints as floats nowhere: strict mode wants tuples, YAML has only lists."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def parse(values: Mapping[str, Any], source: str) -> Settings:
+    """Validate plain values; raise SettingsError with every problem, each as `section.key: found, expected`."""
+    try:
+        return Settings.model_validate(_tuples(values))
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"]) or "settings"
+            if item["type"] == "extra_forbidden":
+                problems.append(f"{where}: unknown key; known: {', '.join(_known_keys(item['loc'][:-1]))}")
+            else:
+                problems.append(f"{where}: {item['msg']}, found {item['input']!r}")
+        raise SettingsError(source, problems) from error
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Settings
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `values` with `section.key=value` overrides set; values are read as YAML scalars or lists."""
+    result: dict[str, Any] = {key: dict(item) if isinstance(item, Mapping) else item for key, item in values.items()}
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"{override!r}: expected section.key=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"{override!r}: the value is not YAML")
+            continue
+        *path, last = key.split(".")
+        here = result
+        for part in path:
+            inner = here.get(part)
+            here[part] = dict(inner) if isinstance(inner, Mapping) else {}
+            here = here[part]
+        here[last] = value
+    if problems:
+        raise SettingsError("--set", problems)
+    return result
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a params file as plain values, safely; raise SettingsError if it is no YAML mapping."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_PARAMS_BYTES:
+            raise SettingsError(str(path), [f"{size} bytes, at most {MAX_PARAMS_BYTES} are read"])
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(str(path), ["no such file"]) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingsError(str(path), [f"cannot be read as YAML ({first_line})"]) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise SettingsError(str(path), ["the top level is not a mapping of section names"])
+    return values
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Settings:
+    """Read `params.yaml`, apply overrides, validate. Raises SettingsError."""
+    return parse(apply_overrides(read_values(path), overrides), str(path))

@@ -1,0 +1,1 @@
+"""Prefect tasks: thin wrappers of the library's stages. Only file names and numbers travel between them."""

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvq.checkpoint.reader import open_checkpoint
+from rwkvq.engine.model import Engine, is_artifact, open_model, open_tokenizer
+from rwkvq.errors import ArtifactError, EvaluationError, TokenizerError
+from tests.tiny import write_byte_vocabulary, write_tiny
+
+VERSIONS = ["x060", "x070"]
+
+
+@pytest.fixture(params=VERSIONS)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "model.safetensors", request.param)
+
+
+def random_ids(batch: int, time: int) -> torch.Tensor:
+    return torch.randint(0, 320, (batch, time), generator=torch.Generator().manual_seed(1))
+
+
+def test_recurrent_steps_equal_sequence_mode(path: Path) -> None:
+    engine = Engine(open_checkpoint(path))
+    ids = random_ids(2, 45)
+    expected = engine.logits(engine.hidden(ids))
+    state, steps = engine.initial_state(2), []
+    for position in range(ids.shape[1]):
+        logits, state = engine.forward(ids[:, position : position + 1], state)
+        steps.append(logits)
+    assert expected.std() > 0.1  # a model that ignores its input would pass everything
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
+
+
+def test_a_text_continued_from_its_state_equals_the_text_at_once(path: Path) -> None:
+    engine = Engine(open_checkpoint(path))
+    ids = random_ids(3, 70)
+    first, state = engine.run(ids[:, :33], None)
+    second, _ = engine.run(ids[:, 33:], state)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), engine.hidden(ids), atol=1e-4, rtol=0)
+
+
+def test_one_block_at_a_time_gives_the_same_bytes(path: Path) -> None:
+    source = open_checkpoint(path)
+    ids = random_ids(2, 9)
+    assert torch.equal(Engine(source).hidden(ids), Engine(source, resident=False).hidden(ids))
+
+
+def test_only_a_resident_engine_keeps_blocks(path: Path) -> None:
+    source = open_checkpoint(path)
+    counts = []
+    for resident in (True, False):
+        engine = Engine(source, resident=resident)
+        engine.hidden(random_ids(1, 2))
+        counts.append(len(engine._blocks))
+    assert counts == [2, 0]
+
+
+def test_float64_agrees_with_float32_and_stays_float64(path: Path) -> None:
+    source = open_checkpoint(path)
+    ids = random_ids(1, 40)
+    wide = Engine(source, dtype=torch.float64)
+    logits = wide.logits(wide.hidden(ids))
+    assert logits.dtype == torch.float64
+    narrow = Engine(source)
+    torch.testing.assert_close(narrow.logits(narrow.hidden(ids)).double(), logits, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [320, -1])
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path, wrong: int) -> None:
+    engine = Engine(open_checkpoint(write_tiny(tmp_path / "m.pth", "x070")))
+    with pytest.raises(EvaluationError, match=f"token id {wrong} is outside the vocabulary of 320"):
+        engine.hidden(torch.tensor([[0, wrong]]))
+
+
+def test_a_folder_with_any_file_of_an_artifact_is_opened_as_one(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text("")
+    assert is_artifact(tmp_path)
+    with pytest.raises(ArtifactError):
+        open_model(tmp_path)
+
+
+def test_the_tokenizer_inside_the_folder_is_the_default(tmp_path: Path) -> None:
+    spec = open_checkpoint(write_tiny(tmp_path / "m.pth", "x060")).spec
+    with pytest.raises(TokenizerError, match="found no tokenizer"):
+        open_tokenizer(tmp_path, None, spec)
+    write_byte_vocabulary(tmp_path / "tokenizer.txt")
+    assert open_tokenizer(tmp_path, None, spec).encode("ab") == [98, 99]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    spec = open_checkpoint(write_tiny(tmp_path / "m.pth", "x060", vocab=100)).spec
+    with pytest.raises(TokenizerError):
+        open_tokenizer(tmp_path, write_byte_vocabulary(tmp_path / "words.txt"), spec)
