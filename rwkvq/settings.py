@@ -53,7 +53,7 @@ class WindowsSettings(Section):
 class ActivationsSettings(Section):
     """How the inputs of every block are computed and stored."""
 
-    batch: PositiveInt = 8
+    batch: PositiveInt = 2
     """Windows that run through a block at once."""
 
 
@@ -150,6 +150,8 @@ class QuantizeSettings(Section):
     scalar: ScalarSettings = ScalarSettings()
     vector: VectorSettings = VectorSettings()
     elementwise: ElementwiseSettings = ElementwiseSettings()
+    sweeps: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Coordinate descent over all columns after the error feedback of GPTQ and GPTVQ. None = from the preset."""
     damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 

@@ -32,7 +32,14 @@ from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.tensor import OPTIONS_OF
 from tests.tiny import write_tiny
 
-_OPTIONS = {bool: False, int: 10, float: 0.01}
+_OPTIONS: dict[str, Any] = {
+    "damping": 0.01,
+    "iterations": 100,
+    "sweeps": 2,
+    "weight": "second_moment",
+    "percentile": 99.0,
+    "act_order": False,
+}
 PROVENANCE = {"checkpoint_name": "tiny", "settings": {"seed": 0}}
 
 
@@ -66,7 +73,7 @@ def plan_of(source: WeightSource) -> Plan:
 
 def _planned(weight: Weight, shape: tuple[int, ...], layout: Layout, method: str) -> PlannedTensor:
     options = {
-        name: kind[0] if isinstance(kind, tuple) else _OPTIONS[kind] for name, kind in OPTIONS_OF[method].items()
+        name: _OPTIONS.get(name, True) for name in OPTIONS_OF[method]
     }
     return PlannedTensor(
         name=weight.name,

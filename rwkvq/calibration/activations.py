@@ -38,8 +38,10 @@ _V_FIRST = "v_first.parquet"
 _V_FIRST_ROWS = "v_first"
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_PAGE_OVERHEAD = 1.03
-"""File size over size of the values: row and level columns, page headers."""
+_TOKEN_OVERHEAD = 14
+"""Bytes a token beside its values: window, position, and the run lengths of Parquet's repetition levels."""
+_WINDOW_OVERHEAD = 512
+"""Bytes a row group: page headers and its entry in the footer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def cache_key(source: WeightSource, windows: Windows) -> CacheKey:
 def estimate_cache_bytes(spec: ModelSpec, windows: int, length: int) -> int:
     """Bytes on disk of the cache for `windows` (held-out ones included) of `length` tokens, stored as float16."""
     files = spec.layers + int(_has_v_first(spec))
-    return int(files * windows * length * (2 * spec.width + 8) * _PAGE_OVERHEAD)
+    return files * windows * (length * (2 * spec.width + _TOKEN_OVERHEAD) + _WINDOW_OVERHEAD)
 
 
 def _has_v_first(spec: ModelSpec) -> bool:
@@ -195,7 +197,7 @@ def cache_windows(folder: Path) -> str:
         return reader.key.windows_sha256
 
 
-def read_block(folder: Path, block: int, *, model_sha256: str, batch: int = 4) -> Iterator[InputBatch]:
+def read_block(folder: Path, block: int, *, model_sha256: str, batch: int = 2) -> Iterator[InputBatch]:
     """The inputs of a block, `batch` windows at a time; only these are in memory.
 
     Raises ActivationError, naming the file and the remedy: missing, damaged, of another model, other windows than the

@@ -132,7 +132,7 @@ class CacheReader:
                 raise ActivationError(f"{path}: format {self.metadata.get('format')}, expected {FORMAT}; {REMEDY}")
             self.key = CacheKey(*(self.metadata[name] for name in CacheKey.__slots__))
             self.shape = self._read_shape(schema)
-        self._compare("rows", self.metadata["rows"], rows)
+            self._compare("rows", self.metadata["rows"], rows)
 
     def _read_shape(self, schema: pa.Schema) -> CacheShape:
         """Sizes from the file, checked against each other, so that reading can rely on them."""

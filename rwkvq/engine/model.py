@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ class Engine:
         self.dtype = dtype
         self.resident = resident
         self._blocks: dict[int, dict[str, Tensor]] = {}
+        self._lock = threading.Lock()
         self._embedding = source.tensor("emb.weight")
         self._head = source.tensor("head.weight").to(dtype)
         self._norm = tuple(source.tensor(f"ln_out.{part}").reshape(-1).to(dtype) for part in ("weight", "bias"))
@@ -102,12 +104,12 @@ class Engine:
         return self.logits(hidden), after
 
     def _block(self, index: int) -> dict[str, Tensor]:
-        if index not in self._blocks:
-            weights = load_block(self.source, index, self.dtype)
-            if not self.resident:
-                return weights
-            self._blocks[index] = weights
-        return self._blocks[index]
+        if not self.resident:
+            return load_block(self.source, index, self.dtype)
+        with self._lock:  # batches run on several threads; a block is decoded once
+            if index not in self._blocks:
+                self._blocks[index] = load_block(self.source, index, self.dtype)
+            return self._blocks[index]
 
     def _embedded(self, ids: Tensor) -> Tensor:
         first = self._block(0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rwkvq.engine.model import Engine
+from rwkvq.evaluation.batches import map_batches
 from rwkvq.evaluation.logprobs import score
 from rwkvq.files import Progress, no_progress
 from rwkvq.models import BlockState
@@ -36,15 +38,17 @@ class ContinuationScore:
 def score_continuations(
     engine: Engine, items: Sequence[Continuation], *, batch: int, on_batch: Progress = no_progress
 ) -> list[ContinuationScore]:
-    """Score every item, in the order given. `batch` items of similar length run at once from a zero state.
+    """Score every item, in the order given; `batch` items of similar length run at once on each of torch's threads.
 
     Shorter rows are padded on the right, which cannot reach back in time. Raises EvaluationError for an unknown id.
     """
-    order = sorted(range(len(items)), key=lambda i: len(items[i].context) + len(items[i].target))
+    # longest first: what is left for the last thread is short
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].context) - len(items[i].target))
+    groups = [order[start : start + batch] for start in range(0, len(order), batch)]
+    work = [[items[i] for i in group] for group in groups]
     results: dict[int, ContinuationScore] = {}
-    for start in range(0, len(order), batch):
-        group = order[start : start + batch]
-        results.update(zip(group, _score_batch(engine, [items[i] for i in group]), strict=True))
+    for group, scores in zip(groups, map_batches(partial(_score_batch, engine), work, [engine]), strict=True):
+        results.update(zip(group, scores, strict=True))
         on_batch("examples", len(results), len(items))
     return [results[i] for i in range(len(items))]
 

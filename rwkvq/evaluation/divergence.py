@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from rwkvq.calibration.windows import model_inputs
 from rwkvq.engine.model import Engine
 from rwkvq.errors import EvaluationError
+from rwkvq.evaluation.batches import map_batches
 from rwkvq.evaluation.logprobs import TokenScores, score
 from rwkvq.evaluation.perplexity import estimate, ids_sha256, perplexity
 from rwkvq.files import Progress, no_progress
@@ -70,22 +72,26 @@ def compare_on_text(
     others: Mapping[str, Engine],
     ids: Tensor,
     *,
-    batch: int = 16,
+    batch: int = 8,
     on_batch: Progress = no_progress,
 ) -> dict[str, TextResult]:
     """Measure `reference` (result `float`) and every one of `others` on windows of ids [windows, length] int64.
 
     Each window starts from a zero state; the model reads [0, w_1 .. w_{L-1}] and predicts [w_1 .. w_L]. With no others
-    this is plain perplexity. `batch` windows run at once; results do not depend on it beyond float32 rounding.
+    this is plain perplexity. `batch` windows run at once on each of torch's threads; results do
+    not depend on it beyond float32 rounding, and not at all on the number of threads.
     Raises EvaluationError if vocabularies differ, an id is outside the vocabulary, or a model's logits are not finite.
     """
     engines = {FLOAT: reference, **others}
     assert len(engines) == len(others) + 1, "`float` is the name of the reference"
     _check_vocabularies(engines)
     scores: list[list[TokenScores]] = []
-    for start in range(0, len(ids), batch):
-        scores += _score_windows(list(engines.values()), ids[start : start + batch])
-        on_batch("windows", min(start + batch, len(ids)), len(ids))
+    models, done = list(engines.values()), 0
+    batches = torch.split(ids, batch)
+    for part, found in zip(batches, map_batches(partial(_score_windows, models), batches, models), strict=True):
+        scores += found
+        done += len(part)
+        on_batch("windows", done, len(ids))
     columns = [_joined(list(parts), len(ids)) for parts in zip(*scores, strict=True)]
     for name, (logprob, _best, _kl) in zip(engines, columns, strict=True):
         if not bool(torch.isfinite(logprob).all()):

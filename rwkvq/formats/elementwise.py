@@ -14,6 +14,8 @@ from rwkvq.formats.bitpack import pack_bits, packed_size
 from rwkvq.formats.parts import Parts, bits_of, check_keys, check_parts, check_scale, integer, unpack_stream
 
 MAX_ENTRIES = 256
+MAX_BLOCK = 2048
+"""The exact codebooks of a block take memory that grows with its square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,11 @@ class ElementwiseLayout:
 
     def __post_init__(self) -> None:
         """Raise ShapeError for sizes that no vector can have."""
-        if min(self.size, self.block) < 1 or not 2 <= self.entries <= MAX_ENTRIES:
-            raise ShapeError(f"elementwise layout: {asdict(self)} needs positive sizes and 2 .. {MAX_ENTRIES} entries")
+        if self.size < 1 or not 1 <= self.block <= MAX_BLOCK or not 2 <= self.entries <= MAX_ENTRIES:
+            raise ShapeError(
+                f"elementwise layout: {asdict(self)} needs a positive size, a block of 1 .. {MAX_BLOCK} "
+                f"and 2 .. {MAX_ENTRIES} entries"
+            )
 
     @property
     def blocks(self) -> int:
@@ -54,7 +59,7 @@ class ElementwiseLayout:
 
     def nominal_bits(self) -> float:
         """Code bits and codebooks; published figures count no codebook scale (docs/method.md 7)."""
-        return self.code_bits + 8 * self.entries / self.block
+        return self.code_bits + 8 * self.entries / min(self.block, self.size)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values."""

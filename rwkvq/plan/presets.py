@@ -105,6 +105,7 @@ class Resolved:
     policy: Policy
     preset: Preset
     bits: int
+    sweeps: int
     damping: float
     decision: Decision
     scalar: ScalarArm
@@ -123,6 +124,7 @@ class _Defaults:
     scalar: ScalarArm
     vector: VectorArm
     elementwise: ElementwiseArm
+    sweeps: int = 0
 
 
 def _decision(mode: DecisionMode, gap_mode: GapMode, share: float, share_by: ShareBy, bits: float) -> Decision:
@@ -154,6 +156,7 @@ PRESETS: Mapping[Preset, _Defaults] = {
         ScalarArm(64, symmetric=False, clip_search=True),
         VectorArm(2, 64, 64),
         ElementwiseArm("fp16", "second_moment"),
+        sweeps=2,
     ),
 }
 
@@ -174,7 +177,7 @@ def _or(explicit: _Value | None, default: _Value) -> _Value:
 
 
 def _resolve_decision(settings: DecisionSettings, default: Decision) -> Decision:
-    """Fill in the decision; values of one mode choose it where no mode is set. Raises SettingsError for two modes."""
+    """Fill in the decision; values of one mode choose it where no mode is set, and they do no sweeps unless `sweeps` is set. Raises SettingsError for two modes."""
     implied = {mode for name, mode in _MODE_OF.items() if getattr(settings, name) is not None}
     if settings.mode is None and len(implied) > 1:
         listed = ", ".join(sorted(implied))
@@ -241,6 +244,7 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
         policy=plan.policy,
         preset=preset,
         bits=quantize.bits,
+        sweeps=_or(quantize.sweeps, default.sweeps if plan.policy == "rwkvquant" else 0),
         damping=quantize.damping,
         decision=_resolve_decision(plan.decision, default.decision),
         scalar=ScalarArm(

@@ -24,18 +24,48 @@ FORMAT_OF: Mapping[Method, str] = {
 }
 """The one format that each method writes."""
 
-OPTIONS_OF: Mapping[Method, Mapping[str, type | tuple[object, ...]]] = {
+@dataclass(frozen=True, slots=True)
+class Number:
+    """The values an option may have: of type `kind` (an int serves as a float), low <= value <= high."""
+
+    kind: type
+    low: float
+    high: float
+
+    def accepts(self, value: object) -> bool:
+        """True for a value in range."""
+        fits = type(value) is self.kind or (self.kind is float and type(value) is int)
+        return fits and self.low <= cast(float, value) <= self.high
+
+    def __str__(self) -> str:
+        """What to write instead."""
+        name = "a whole number" if self.kind is int else "a number"
+        return f"{name} from {self.low:g} to {self.high:g}"
+
+
+_FLAG = (True, False)
+_DAMPING = Number(float, 1e-9, 1.0)
+_ITERATIONS = Number(int, 1, 10_000)
+_SWEEPS = Number(int, 0, 20)
+
+OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
     "keep": {},
-    "rtn": {"clip_search": bool},
-    "gptq": {"clip_search": bool, "static_groups": bool, "act_order": bool, "damping": float},
-    "kmeans": {"iterations": int},
-    "gptvq": {"iterations": int, "exact_assignment": bool, "m_step": bool, "damping": float},
+    "rtn": {"clip_search": _FLAG},
+    "gptq": {"clip_search": _FLAG, "static_groups": _FLAG, "act_order": _FLAG, "sweeps": _SWEEPS, "damping": _DAMPING},
+    "kmeans": {"iterations": _ITERATIONS},
+    "gptvq": {
+        "iterations": _ITERATIONS,
+        "exact_assignment": _FLAG,
+        "m_step": _FLAG,
+        "sweeps": _SWEEPS,
+        "damping": _DAMPING,
+    },
     "elementwise": {
         "weight": ("second_moment", "mean_sq", "official", "none"),
-        "percentile": (100, 99.9, 99, 95),
+        "percentile": Number(float, 50.0, 100.0),
     },
 }
-"""Options of each method: a type, or the accepted values."""
+"""Options of each method: a range, or the accepted values."""
 
 _KEYS = (
     "name",
@@ -52,7 +82,6 @@ _KEYS = (
     "reason",
     "proxies",
 )
-_EXPECTED = {bool: "true or false", int: "a positive whole number", float: "a number above 0, at most 1"}
 _DERIVED_KEYS = ("stored_bits", "bits_per_weight")
 _MAX_AXES = 3
 _Value = TypeVar("_Value")
@@ -221,15 +250,13 @@ def _options(method: Method, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping) or set(options) != set(known):
         found = ", ".join(map(str, options)) if isinstance(options, Mapping) else repr(options)
         raise PlanError(f"options of method {method} are {found or 'none'}, expected {', '.join(known) or 'none'}")
-    for key, kind in known.items():
+    for key, accepted in known.items():
         value = options[key]
-        if isinstance(kind, tuple):
-            fits = not isinstance(value, bool) and value in kind
-            expected = " or ".join(map(str, kind))
+        if isinstance(accepted, Number):
+            fits, expected = accepted.accepts(value), str(accepted)
         else:
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            fits = fits and (kind is bool or 0 < value <= (1 if kind is float else 1 << 31))
-            expected = _EXPECTED[kind]
+            fits = any(value is item if isinstance(item, bool) else value == item for item in accepted)
+            expected = "true or false" if accepted is _FLAG else " or ".join(map(str, accepted))
         if not fits:
             raise PlanError(f"option {key} of method {method} is {value!r}, expected {expected}")
     if options.get("act_order") and not options["static_groups"]:

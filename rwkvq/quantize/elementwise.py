@@ -9,7 +9,7 @@ from rwkvq.errors import QuantizationError, ShapeError
 from rwkvq.formats.elementwise import ElementwiseCodes, ElementwiseLayout
 from rwkvq.quantize.codebooks import to_int8
 
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 """Segment costs held at once."""
 
 FAINT = 1e-9

@@ -121,7 +121,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_evaluation_text_that_was_calibrated_on_is_refused(tmp_path: Path) -> None:
     values = write_inputs(tmp_path)
-    values["evaluate"]["text"] = values["windows"]["source"]
+    values["evaluate"] |= {"text": values["windows"]["source"], "windows": 100}
     with pytest.raises(EvaluationError, match="also occur in the calibration windows"):
         stages.run_line(Run(settings_of(values)))
 

@@ -119,6 +119,7 @@ def test_json_round_trip(layout: Layout) -> None:
         ("elementwise", {"entries": 1}),
         ("elementwise", {"entries": 257}),
         ("elementwise", {"block": 0}),
+        ("elementwise", {"block": 4096}),
         ("dense", {"shape": [2, -1]}),
         ("dense", {"shape": "22"}),
         ("dense", {"shape": [1] * 9}),
