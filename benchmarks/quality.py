@@ -1,7 +1,7 @@
 """Quality at honest bits: every method on the same model, calibration windows and evaluation text, in one table.
 
-    python benchmarks/quality.py --models rwkv7-9m.pth rwkv6-10m.safetensors --tokenizer tokenizer.json \
-        --calibration books_calibration.txt --text books_validation.txt --lambada lambada_dev.jsonl --out benchmarks/quality.md
+    python -m benchmarks.quality --models rwkv7-9m.pth --models rwkv6-10m.safetensors --tokenizer tokenizer.json \
+        --calibration books_calibration.txt --text books_validation.txt --lambada lambada_dev.jsonl
 
 With --ruler FILE (an independent evaluator with the command `kl MODEL OTHER --text FILE --tokenizer FILE` that prints
 JSON) every exported model is measured again from outside. Everything is made before anything is evaluated.
@@ -115,19 +115,41 @@ HEADER = [
     "acc %",
     "s",
 ]
+CHECK_HEADER = ["exported", "ppl", "ppl, outside", "KL", "KL, outside", "KL differs by", "top-1", "top-1, outside"]
 
 
-def ask_ruler(
-    ruler: Path, model: Path, made: Made, text: Path, tokenizer: Path, windows: int, work: Path
-) -> dict[str, Any]:
-    """What an independent evaluator says of the exported model."""
-    exported = work / "exported.safetensors"
-    export_checkpoint(made.artifact, exported, dtype=torch.float32, overwrite=True)
-    command = [sys.executable, str(ruler), "kl", str(model), str(exported), "--text", str(text)]
-    command += ["--tokenizer", str(tokenizer), "--windows", str(windows)]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    answer: dict[str, Any] = json.loads(shown)
-    return answer
+@dataclass(frozen=True, slots=True)
+class Ruler:
+    """An independent evaluator, and what it measures on."""
+
+    script: Path
+    model: Path
+    text: Path
+    tokenizer: Path
+    windows: int
+
+    def ask(self, made: Made, exported: Path) -> dict[str, Any]:
+        """What it says of the exported model."""
+        export_checkpoint(made.artifact, exported, dtype=torch.float32, overwrite=True)
+        command = [sys.executable, str(self.script), "kl", str(self.model), str(exported), "--text", str(self.text)]
+        command += ["--tokenizer", str(self.tokenizer), "--windows", str(self.windows)]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        answer: dict[str, Any] = json.loads(shown)
+        return answer
+
+
+def check_row(name: str, ours: TextResult, theirs: dict[str, Any]) -> list[str]:
+    """Our figures beside the independent ones."""
+    return [
+        name,
+        f"{ours.ppl:.5f}",
+        f"{theirs['ppl_other']:.5f}",
+        f"{ours.kl:.6f}",
+        f"{theirs['kl']:.6f}",
+        f"{abs((ours.kl or 0.0) / theirs['kl'] - 1):.1e}",
+        f"{ours.top1:.5f}",
+        f"{theirs['top1_agreement']:.5f}",
+    ]
 
 
 def main(
@@ -139,7 +161,6 @@ def main(
     out: Annotated[Path, typer.Option()] = Path("benchmarks/quality.md"),
     work: Annotated[Path, typer.Option(help="Intermediate files.")] = Path("data/runs/benchmark-quality"),
     ruler: Annotated[Path | None, typer.Option(help="Independent evaluator.")] = None,
-    ruler_methods: Annotated[int, typer.Option(help="How many methods the independent evaluator measures again.")] = 12,
     windows: Annotated[int, typer.Option()] = 64,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -159,18 +180,14 @@ def main(
         engines = {name: Engine(item.artifact) for name, item in made.items()}
         texts = compare_on_text(reference, engines, ids)
         examples = read_examples(lambada_file, 500)
-        words = {
-            name: lambada(engine, examples, loaded, batch=64) for name, engine in ({FLOAT: reference} | engines).items()
-        }
+        everyone = {FLOAT: reference} | engines
+        words = {name: lambada(engine, examples, loaded, batch=64) for name, engine in everyone.items()}
         rows = [row(name, made.get(name), texts[name], words[name]) for name in words]
         checks = []
-        for name in list(made)[::-1][:ruler_methods] if ruler else []:
-            theirs = ask_ruler(ruler, model, made[name], text, tokenizer, windows, folder)
-            ours = texts[name]
-            checks.append(
-                [name, f"{ours.ppl:.5f}", f"{theirs['ppl_other']:.5f}", f"{ours.kl:.6f}", f"{theirs['kl']:.6f}"]
-                + [f"{abs(ours.kl / theirs['kl'] - 1):.1e}", f"{ours.top1:.5f}", f"{theirs['top1_agreement']:.5f}"]
-            )
+        if ruler:
+            outside = Ruler(ruler, model, text, tokenizer, windows)
+            exported = folder / "exported.safetensors"
+            checks = [check_row(name, texts[name], outside.ask(made[name], exported)) for name in made]
         write_json(folder / "rows.json", {"rows": rows, "checks": checks})
         sections.append(section(model.stem, rows, checks))
     write_text(out, preamble(seed, windows) + "\n".join(sections))
@@ -178,36 +195,25 @@ def main(
 
 def preamble(seed: int, windows: int) -> str:
     """What the table shows and how it was made."""
-    return (
-        "# Quality at honest bits\n\n"
-        "Made by `python benchmarks/quality.py` (its docstring has the command); every model is quantized before any is "
-        f"evaluated. Calibration: 128 windows of 512 tokens of `books_calibration.txt`, seed {seed}. Evaluation, float32 from "
-        f"the packed artifact: {windows} windows of 512 tokens of `books_validation.txt`, first 500 lines of "
-        "`lambada_dev.jsonl`; disjoint from calibration. ± is one standard error over windows. Matrix bits count every stored "
-        "bit of the matrices and LoRA factors, body bits everything but embedding and head, file bits the whole file with "
-        "its header. Element-wise vectors keep their 16 bits except in presets text, camera and official. "
-        f"Seconds: stage `quantize`, {len(os.sched_getaffinity(0))} workers, shared machine.\n\n"
-    )
+    return f"""# Quality at honest bits
+
+Made by `python -m benchmarks.quality` (its docstring has the command); every model is quantized before any is
+evaluated. Calibration: 128 windows of 512 tokens of `books_calibration.txt`, seed {seed}. Evaluation in float32 from the
+packed artifact: {windows} windows of 512 tokens of `books_validation.txt`, first 500 lines of `lambada_dev.jsonl`,
+disjoint from calibration. ± is one standard error over windows. Matrix bits count every stored bit of the matrices and
+LoRA factors, body bits everything but embedding and head, file bits the whole file with its header. Element-wise vectors
+keep their 16 bits except in presets text, camera and official. Seconds: stage `quantize` on
+{len(os.sched_getaffinity(0))} cores of a shared machine.
+
+"""
 
 
 def section(name: str, rows: list[list[str]], checks: list[list[str]]) -> str:
     """One model's tables in Markdown."""
     parts = [f"## {name}\n", markdown_table(HEADER, rows)]
     if checks:
-        header = [
-            "exported model",
-            "ppl, ours",
-            "ppl, outside",
-            "KL, ours",
-            "KL, outside",
-            "KL difference",
-            "top-1",
-            "outside",
-        ]
-        parts += [
-            "\nThe same models exported and measured by an independent evaluator:\n",
-            markdown_table(header, checks),
-        ]
+        title = "\nThe same models, exported and measured by an independent evaluator:\n"
+        parts += [title, markdown_table(CHECK_HEADER, checks)]
     return "\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What a run would do: which stages and why, the format of every tensor, exact bits, and an estimate of time and memory."""
+"""What a run would do: which stages and why, every tensor's format, exact bits, and estimated time and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rwkvq.stages import STAGES, reason_for, stages_of
 _PROCESS_BYTES = 350_000_000
 """A Python process with torch and this library, measured."""
 _SECONDS_PER_WEIGHT = {"rtn": 2e-8, "gptq": 7e-7, "kmeans": 3e-6, "gptvq": 7e-6, "elementwise": 2e-5}
-"""One-core seconds a weight of each method, measured on rwkv7-9m (benchmarks/quality.md); the matmuls are counted apart."""
+"""One-core seconds a weight of each method, measured on rwkv7-9m; the matrix products are counted apart."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +22,8 @@ from filelock import FileLock, Timeout
 from rwkvq.errors import OutputError
 
 _CHUNK = 1 << 20
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
+"""Names of atomic_path and atomic_folder while they work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,9 @@ def _explained(path: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.ENOTDIR: "a part of the path is a file; choose another folder",
             errno.EEXIST: "a file of that name is in the way; choose another folder",
+            errno.EISDIR: "a folder of that name is in the way; choose another name",
+            errno.ENOTEMPTY: "a folder of that name is in the way; choose another name",
+            errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
         }.get(error.errno or 0)
         if advice is None:
             raise
@@ -145,13 +152,38 @@ def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_can_create(path: Path) -> None:
+    """Fail before hours of work if `path` could not be created at their end. Raises OutputError."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise OutputError(f"{path}: a part of the path is a file ({there}); choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: no permission to write in {there}; choose another folder")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files and folders that a killed run left in `folder` (call it only under the run lock)."""
-    for leftover in folder.rglob(".*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in [path for path in folder.rglob(".*") if _LEFTOVER.fullmatch(path.name)]:
+        _remove(leftover)
+
+
+def recover_folder(path: Path) -> None:
+    """Clear what a kill inside `atomic_folder(path)` left beside `path`; a folder that was moved away comes back."""
+    for leftover in list(path.absolute().parent.glob(f".{glob.escape(path.name)}.*")):
+        found = _LEFTOVER.fullmatch(leftover.name)
+        if found is None or found["name"] != path.name:
+            continue
+        if found["kind"] == "old" and not path.exists():
+            os.replace(leftover, path)
         else:
-            leftover.unlink(missing_ok=True)
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The last step of the `quantize` command: the finished artifact with its report, in one rename, where the user asked for it."""
+"""The last step of `quantize`: the finished artifact and its report, in one rename, where the user asked for them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import shutil
 from pathlib import Path
 
 from rwkvq.artifact.sums import write_sums
-from rwkvq.files import atomic_folder
+from rwkvq.artifact.writer import check_replaceable
+from rwkvq.errors import OutputError
+from rwkvq.files import atomic_folder, check_can_create, make_folder
 from rwkvq.run import Run
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError now if `publish` would have to refuse `out` after all the work."""
+    if not out.name:
+        raise OutputError(f"{out}: is no name for a new folder; choose one")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: already exists; choose another folder or pass --overwrite")
+    check_replaceable(out)
+    check_can_create(out)
 
 
 def publish(run: Run, out: Path, *, overwrite: bool) -> None:
     """Copy the run's artifact, its report and its metrics to `out`, with the checksums of all of them.
 
-    Raises OutputError if `out` exists (without `overwrite`) or cannot be written; then `out` is as it was.
+    Raises OutputError if `out` exists (without `overwrite`), is no artifact or cannot be written; it is as it was then.
     """
-    extras = [path for path in (run.report, run.metrics) if path.is_file()]
+    check_replaceable(out)
+    files = {path.relative_to(run.artifact): path for path in run.artifact.rglob("*") if path.is_file()}
+    files |= {Path(path.name): path for path in (run.report, run.metrics) if path.is_file()}
     with atomic_folder(out, overwrite=overwrite) as folder:
-        shutil.copytree(run.artifact, folder, dirs_exist_ok=True)
-        for path in extras:
-            shutil.copyfile(path, folder / path.name)
+        for name, path in sorted(files.items()):
+            make_folder((folder / name).parent)
+            shutil.copyfile(path, folder / name)
         write_sums(folder)

@@ -67,7 +67,7 @@ class ProxiesSettings(Section):
 
 
 class DecisionSettings(Section):
-    """How the policy `rwkvquant` sends each weight to scalar (SQ) or vector quantization (VQ). None = from the preset."""
+    """How policy `rwkvquant` sends each weight to scalar (SQ) or vector quantization (VQ). None = from the preset."""
 
     mode: DecisionMode | None = None
     gap_mode: GapMode | None = None

@@ -10,20 +10,22 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
+import torch
 from torch import Tensor
 
 from rwkvq.artifact.manifest import read_manifest, reason_to_run, record
 from rwkvq.artifact.writer import software_versions, write_artifact
 from rwkvq.calibration import activations, windows
 from rwkvq.checkpoint.names import weights_of
-from rwkvq.errors import EvaluationError, QuantizationError
+from rwkvq.errors import EvaluationError, QuantizationError, RwkvqError
 from rwkvq.evaluation.line import evaluate_run
 from rwkvq.files import Progress, code_version, no_progress, sha256_of_file, write_json
 from rwkvq.models.tokenizer import check_fits, load_tokenizer
@@ -39,6 +41,8 @@ from rwkvq.workers import WorkerPool
 log = logging.getLogger(__name__)
 
 Hashes = dict[str, str]
+
+_WAITS = "waits for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def reason_for(run: Run, stage: Stage) -> str | None:
     try:
         inputs = stage.inputs(run)
     except FileNotFoundError as error:
-        return f"waits for {error.filename}"
+        return f"{_WAITS} {error.filename}"
     reason = reason_to_run(run.folder, stage.name, stage.settings(run), inputs, code_version(stage.code))
     if stage.name == "plan" and reason == "output changed: plan.json":
         return None  # an edited plan is the user's decision, checked when it is read
@@ -80,13 +84,20 @@ def reason_for(run: Run, stage: Stage) -> str | None:
 
 
 def run_stage(run: Run, name: str, progress: Progress = no_progress) -> StageResult:
-    """Run one stage unless it is done already. Raises what its body raises; its manifest is written last."""
+    """Run one stage unless it is done already; its manifest is written last.
+
+    Raises what its body raises, and RwkvqError if an earlier stage has not run yet.
+    """
     stage = STAGES[name]
     reason = reason_for(run, stage)
     if reason is None:
         return StageResult(name, False, "up to date", 0.0)
+    if reason.startswith(_WAITS):
+        earlier = ", ".join(list(STAGES)[: list(STAGES).index(name)])
+        raise RwkvqError(f"stage {name} {reason}, which an earlier stage writes; run these first: {earlier}")
     log.info("%s: %s", name, reason)
     begin = time.monotonic()
+    torch.set_num_threads(run.settings.run.threads)  # stages share their cores among batches, not inside a product
     stage.body(run, progress)
     finish_stage(run, name)
     seconds = time.monotonic() - begin
@@ -130,6 +141,7 @@ def _activations(run: Run, progress: Progress) -> None:
         windows.read_windows(run.windows),
         run.activations,
         run.settings.activations,
+        workers=run.workers,
         on_block=lambda index: progress(f"activations of block {index}", index + 1, layers),
     )
 
@@ -160,7 +172,11 @@ def _plan(run: Run, progress: Progress) -> None:
 
 def read_plan(run: Run) -> Plan:
     """The run's plan, checked against the model. Raises PlanError."""
-    plan = Plan.read(run.plan)
+    return _checked_plan(run, run.plan)
+
+
+def _checked_plan(run: Run, path: Path) -> Plan:
+    plan = Plan.read(path)
     plan.check_model(run.checkpoint)
     return plan
 
@@ -236,9 +252,21 @@ def tensor_errors(run: Run) -> dict[str, dict[str, float | None]]:
     """What quantization did to each weight, by name (block.TensorError as plain values)."""
     errors = {}
     for path, entry in _quantized_files(run):
-        with safetensors.safe_open(path, framework="pt") as file:
+        with _quantized_file(path) as file:
             errors[entry.name] = json.loads(file.metadata()["error"])
     return errors
+
+
+@contextmanager
+def _quantized_file(path: Path) -> Iterator[Any]:
+    """Open one quantized tensor's file. Raises QuantizationError if it cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise QuantizationError(
+            f"{path}: missing or damaged; run stage quantize again, it rebuilds this file"
+        ) from error
 
 
 def _pack(run: Run, progress: Progress) -> None:
@@ -246,8 +274,8 @@ def _pack(run: Run, progress: Progress) -> None:
     plan = read_plan(run)
 
     def parts(entry: PlannedTensor) -> dict[str, Tensor]:
-        loaded: dict[str, Tensor] = safetensors.torch.load_file(files[entry.name])
-        return loaded
+        with _quantized_file(files[entry.name]) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
     write_artifact(
         run.artifact,
@@ -331,7 +359,7 @@ STAGES: dict[str, Stage] = {
                 "tokenizer": tokenizer_hash(run.tokenizer_path),
             },
             lambda run: [run.windows],
-            ("rwkvq.calibration.windows", "rwkvq.models.tokenizer"),
+            ("rwkvq.calibration.texts", "rwkvq.calibration.windows", "rwkvq.models.tokenizer"),
             _windows,
         ),
         Stage(
@@ -339,7 +367,7 @@ STAGES: dict[str, Stage] = {
             _section("activations"),
             lambda run: {"checkpoint": run.checkpoint.identity()} | _of(run.windows),
             lambda run: [run.activations],
-            (*_MODEL_CODE, "rwkvq.calibration.activations"),
+            (*_MODEL_CODE, *activations.CODE),
             _activations,
         ),
         Stage(
@@ -415,10 +443,10 @@ def _codebooks(run: Run) -> bool:
     return resolve_preset(run.settings.plan, run.settings.quantize).elementwise.format == "vq"
 
 
-def check_inputs(run: Run) -> None:
-    """Fail now rather than an hour later: every input opens, and the tokenizer fits the model.
+def check_inputs(run: Run, plan_file: Path | None = None) -> None:
+    """Fail now rather than an hour later: every input opens, tokenizer and plan fit the model.
 
-    Raises CheckpointError, TokenizerError, TextError, EvaluationError.
+    Raises CheckpointError, TokenizerError, TextError, EvaluationError, PlanError.
     """
     tokenizer_hash(run.tokenizer_path)
     check_fits(load_tokenizer(run.tokenizer_path), run.checkpoint.spec, run.tokenizer_path)
@@ -426,13 +454,13 @@ def check_inputs(run: Run) -> None:
     for text in (run.settings.evaluate.text, run.settings.evaluate.lambada):
         if text and not Path(text).is_file():
             raise EvaluationError(f"{text}: no such file; give evaluation text as a file")
+    if plan_file is not None:
+        _checked_plan(run, plan_file)
 
 
 def adopt_plan(run: Run, plan_file: Path) -> StageResult:
     """Use a plan made elsewhere (edited by hand) for this run. Raises PlanError if it does not fit the model."""
-    plan = Plan.read(plan_file)
-    plan.check_model(run.checkpoint)
-    plan.write(run.plan)
+    _checked_plan(run, plan_file).write(run.plan)
     finish_stage(run, "plan")
     return StageResult("plan", True, f"taken from {plan_file}", 0.0)
 
@@ -441,7 +469,7 @@ def run_line(
     run: Run, progress: Callable[[str], Progress] = lambda stage: no_progress, plan_file: Path | None = None
 ) -> list[StageResult]:
     """Run the whole line in this process; `progress(stage)` gives the Progress of each stage."""
-    check_inputs(run)
+    check_inputs(run, plan_file)
     with WorkerPool(run.workers, run.settings.run.threads) as pool:  # workers start while earlier stages run
         pooled = Run(run.settings, pool)
         results = []
@@ -454,5 +482,14 @@ def run_line(
 
 
 def clear_work(run: Run) -> None:
-    """Delete the run folder."""
-    shutil.rmtree(run.folder, ignore_errors=True)
+    """Delete what the stages wrote, and the run folder unless it holds files of somebody else."""
+    written = [path for stage in STAGES.values() for path in stage.outputs(run)]
+    for path in [*written, run.folder / "manifests", run.timings, run.folder / ".lock"]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    try:
+        run.folder.rmdir()
+    except OSError:
+        log.info("%s: kept, it holds other files", run.folder)

@@ -40,13 +40,18 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rwkvq.workers", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
+        # the child inherits the mask: Ctrl-C goes to the whole process group, and only the parent decides what it means
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rwkvq.workers", str(threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -102,21 +107,9 @@ class Worker:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """Stop the child at once."""
+        """Stop the child at once; it keeps nothing that is not on disk."""
         self._process.kill()
         self._process.wait()
-
-    def close(self) -> None:
-        """Let an idle child end."""
-        if self._process.stdin is not None:
-            try:
-                self._process.stdin.close()
-            except OSError:
-                log.debug("worker %d had already gone", self.pid)
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.kill()
 
 
 class WorkerPool:
@@ -127,12 +120,13 @@ class WorkerPool:
         self._slots = threading.BoundedSemaphore(workers)
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         self._busy: set[Worker] = set()
+        self._lock = threading.Lock()
         self._closed = False
         for _ in range(workers):  # imports torch while earlier stages still run
             self._idle.put(Worker(threads))
 
     def run(self, function: str, job: Mapping[str, Any], *, timeout: float, retries: int, on_event: OnEvent) -> Any:
-        """Run one job on a free worker; a worker that died is replaced and the job tried again up to `retries` times."""
+        """Run one job on a free worker; a worker that died is replaced, the job tried again up to `retries` times."""
         with self._slots:
             for attempt in range(retries + 1):
                 worker = self._take()
@@ -143,28 +137,37 @@ class WorkerPool:
                         raise
                     log.warning("%s; trying again", death)
                 finally:
-                    self._busy.discard(worker)
-                    if worker.is_alive():
-                        self._idle.put(worker)
+                    self._give_back(worker)
             raise AssertionError("unreachable")
 
     def _take(self) -> Worker:
-        while True:
-            try:
-                worker = self._idle.get_nowait()
-            except queue.Empty:
-                worker = Worker(self._threads)
-            if worker.is_alive():
-                self._busy.add(worker)
-                return worker
+        with self._lock:
+            while not self._closed:
+                try:
+                    worker = self._idle.get_nowait()
+                except queue.Empty:
+                    worker = Worker(self._threads)
+                if worker.is_alive():
+                    self._busy.add(worker)
+                    return worker
+        raise WorkerDied("the workers were stopped before this job began")
+
+    def _give_back(self, worker: Worker) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            if self._closed:
+                worker.kill()
+            elif worker.is_alive():
+                self._idle.put(worker)
 
     def close(self) -> None:
-        """End all workers, the busy ones too."""
-        self._closed = True
-        for worker in list(self._busy):
-            worker.kill()
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
+        """End all workers, the busy ones too; no job begins after that."""
+        with self._lock:
+            self._closed = True
+            for worker in self._busy:
+                worker.kill()
+            while not self._idle.empty():
+                self._idle.get_nowait().kill()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -191,7 +194,6 @@ def main() -> None:
     """Serve jobs until the parent closes the stream."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     torch.set_num_threads(int(sys.argv[1]))
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol

@@ -64,7 +64,7 @@ def write_artifact(
     that are not finite, TokenizerError, and OutputError if `out` cannot be written or must not be replaced.
     """
     plan.check_model(source)
-    _refuse_to_replace_other_folders(out)
+    check_replaceable(out)
     tokenizer_name = None if tokenizer is None else _tokenizer_name(tokenizer)
     with atomic_folder(out, overwrite=overwrite) as folder:
         shards = shards_of(plan.tensors, shard_bytes)
@@ -128,8 +128,8 @@ def _kept(source: WeightSource, weight: Weight, planned: PlannedTensor) -> dict[
         raise QuantizationError(f"{source.path}: {planned.name}: {error}") from error
 
 
-def _refuse_to_replace_other_folders(out: Path) -> None:
-    """Overwriting means replacing an artifact, never deleting a folder of something else."""
+def check_replaceable(out: Path) -> None:
+    """Overwriting means replacing an artifact, never deleting a folder of something else. Raises OutputError."""
     is_artifact = (out / QUANTIZATION).is_file() or (out / SUMS).is_file()
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not is_artifact and not is_empty:

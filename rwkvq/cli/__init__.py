@@ -24,6 +24,8 @@ line.register(app)
 inspection.register(app)
 outputs.register(app)
 
+log = logging.getLogger(__name__)
+
 ERROR, INTERRUPTED = 1, 130
 
 
@@ -55,10 +57,22 @@ def run_app(command: typer.Typer, arguments: list[str] | None = None) -> int:
     except RwkvqError as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR
+    except OSError as error:
+        log.debug("the system refused", exc_info=True)
+        print(f"error: {_refusal(error)}", file=sys.stderr)
+        return ERROR
     except Interrupted:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the end is near; a second Ctrl-C must not spoil it
         print("interrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _refusal(error: OSError) -> str:
+    """One line for a refusal of the system that no module foresaw."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or ' '.join(str(error).split())}; check the path, its permissions and the disk"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

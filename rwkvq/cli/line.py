@@ -9,7 +9,7 @@ import typer
 
 from rwkvq.cli.display import console, print_json, size, stage_bars, table
 from rwkvq.errors import OutputError
-from rwkvq.files import remove_leftovers, run_lock
+from rwkvq.files import recover_folder, remove_leftovers, run_lock
 from rwkvq.settings import Settings, apply_overrides, load, parse
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into the folder OUT: the whole line in this process, no server."""
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: already exists; choose another folder or pass --overwrite")
+    from rwkvq.publish import check_target
+
+    check_target(out, overwrite=overwrite)
     folder = work or out.with_name(out.name + ".work")
     values: dict[str, Any] = {
         "model": str(model),
@@ -74,8 +75,12 @@ def _run_line(settings: Settings, out: Path, plan_file: Path | None, *, overwrit
     from rwkvq.run import Run
 
     run = Run(settings)
+    if out.absolute().is_relative_to(run.folder.absolute()):
+        raise OutputError(f"{out}: lies in the work folder {run.folder}; choose another folder for one of them")
+    stages.check_inputs(run, plan_file)  # before anything is written
     with run_lock(run.folder):
         remove_leftovers(run.folder)
+        recover_folder(out)
         with stage_bars() as bars:
             results = stages.run_line(run, bars, plan_file)
             for result in results:
@@ -116,6 +121,7 @@ def stage(
         raise typer.BadParameter(f"{name!r} is none of {', '.join(STAGES)}", param_hint="NAME")
     run = Run(load(params, overrides or []))
     with run_lock(run.folder), stage_bars() as bars:
+        remove_leftovers(run.folder)
         result = run_stage(run, name, bars(name))
         if not result.ran:
             bars.note(name, result.reason)

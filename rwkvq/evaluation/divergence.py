@@ -72,7 +72,7 @@ def compare_on_text(
     others: Mapping[str, Engine],
     ids: Tensor,
     *,
-    batch: int = 8,
+    batch: int = 4,
     on_batch: Progress = no_progress,
 ) -> dict[str, TextResult]:
     """Measure `reference` (result `float`) and every one of `others` on windows of ids [windows, length] int64.

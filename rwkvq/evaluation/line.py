@@ -1,4 +1,4 @@
-"""Evaluation as a step of the line: float, baselines and the artifact on the same texts, with the proof of disjointness."""
+"""Evaluation as a step of the line: float, baselines and artifact on the same texts, with proof of disjointness."""
 
 from __future__ import annotations
 

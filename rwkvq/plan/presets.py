@@ -177,7 +177,7 @@ def _or(explicit: _Value | None, default: _Value) -> _Value:
 
 
 def _resolve_decision(settings: DecisionSettings, default: Decision) -> Decision:
-    """Fill in the decision; values of one mode choose it where no mode is set, and they do no sweeps unless `sweeps` is set. Raises SettingsError for two modes."""
+    """Fill in the decision; values of one mode choose that mode where none is set. Raises SettingsError for two modes."""
     implied = {mode for name, mode in _MODE_OF.items() if getattr(settings, name) is not None}
     if settings.mode is None and len(implied) > 1:
         listed = ", ".join(sorted(implied))
@@ -234,8 +234,8 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
     """Fill every value that the settings leave open from the preset.
 
     The policies rtn, sq, kmeans and vq are baselines: they take what is open from preset `rwkvq` whatever the preset,
-    so that they mean the same beside every preset; rtn alone rounds to the plain minimum and maximum unless clip_search
-    is set. Raises SettingsError for values that contradict each other.
+    so that they mean the same beside every preset, but no sweeps; rtn alone rounds to the plain minimum and maximum
+    unless clip_search is set. Raises SettingsError for values that contradict each other.
     """
     preset: Preset = plan.preset if plan.policy == "rwkvquant" else "rwkvq"
     default = PRESETS[preset]

@@ -24,6 +24,7 @@ FORMAT_OF: Mapping[Method, str] = {
 }
 """The one format that each method writes."""
 
+
 @dataclass(frozen=True, slots=True)
 class Number:
     """The values an option may have: of type `kind` (an int serves as a float), low <= value <= high."""

@@ -1,7 +1,7 @@
 """The job of one block: statistics from its cached inputs, then every planned tensor, each written when it is done.
 
-A job names files only, so it runs in this process, in a worker process or on another machine. A tensor whose file already
-carries the key of the same work is kept, so a job that was killed goes on where it stopped.
+A job names files only, so it runs in this process, in a worker process or on another machine. A tensor whose file
+already carries the key of the same work is kept, so a job that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ CODE = (
     "rwkvq.quantize",
     "rwkvq.formats",
     "rwkvq.models",
+    "rwkvq.calibration.sites",
     "rwkvq.calibration.statistics",
     "rwkvq.calibration.activations",
+    "rwkvq.calibration.cache",
     "rwkvq.checkpoint.names",
 )
 """The sources that decide the bytes of a quantized tensor."""
@@ -65,7 +67,7 @@ class TensorError:
     """What quantization did to one weight.
 
     weight_error: ||W - Q||^2 / ||W||^2. output_error: tr(dW H dW^T) / tr(W H W^T), with H the second moment of the
-    weight's own input on the calibration windows (for element-wise weights sum s dw^2 / sum s w^2); None without statistics.
+    weight's own input on the calibration windows (element-wise: sum s dw^2 / sum s w^2); None without statistics.
     """
 
     weight_error: float

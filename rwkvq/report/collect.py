@@ -39,6 +39,8 @@ Values = dict[str, Any]
 
 ARMS: Mapping[str, Arm] = {"scalar": "sq", "vector": "vq"}
 """The arm a matrix went to, by its format."""
+STAGE_ORDER = ("windows", "activations", "proxies", "plan", "quantize", "pack", "evaluate")
+"""Stages with a wall time; the report's own is not known while it is written."""
 
 
 def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportData:
@@ -60,7 +62,7 @@ def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportDat
         ),
         proxies=_proxies(run, plan),
         tensors=tuple(_tensor_row(entry, artifact.errors.get(entry.name)) for entry in plan.tensors),
-        stages=tuple(StageTime(name, value) for name, value in seconds.items()),
+        stages=tuple(StageTime(name, seconds[name]) for name in STAGE_ORDER if name in seconds),
         provenance=_read_json(run.artifact / "provenance.json"),
     )
 
@@ -96,7 +98,8 @@ def _estimate(values: Values, key: str, error: str | None = None) -> Estimate | 
 
 def _quality(run: Run, plan: Plan, evaluation: Values) -> tuple[QualityRow, ...]:
     rows = []
-    for name, values in evaluation["models"].items():
+    order = sorted(evaluation["models"].items(), key=lambda item: (item[0] == QUANTIZED, item[0] != "float", item[0]))
+    for name, values in order:
         role: Role = "float" if name == "float" else "quantized" if name == QUANTIZED else "baseline"
         size, bits = _size_of_model(run, plan, name)
         word = values.get("lambada") or {}

@@ -115,5 +115,8 @@ def test_closing_the_pool_stops_a_busy_worker() -> None:
 
 def test_a_worker_leaves_when_its_parent_closes_the_stream() -> None:
     worker = Worker(1)
-    worker.close()
+    stream = worker._process.stdin
+    assert stream is not None
+    stream.close()
+    worker._process.wait(timeout=60)
     assert not worker.is_alive()
