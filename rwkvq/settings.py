@@ -165,6 +165,8 @@ class RunSettings(Section):
     """Torch threads of each block job."""
     runner: Literal["threads", "processes", "dask"] = "threads"
     """Prefect task runner of the flow."""
+    dask_address: str | None = None
+    """Scheduler of a running dask cluster (tcp://HOST:8786) for runner `dask`; None = a cluster on this machine."""
     retries: Annotated[int, Field(ge=0)] = 1
     task_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds one task may take."""
@@ -180,7 +182,8 @@ class EvaluateSettings(Section):
     lambada: str | None = None
     """A JSONL file with one {"text": ...} a line."""
     lambada_limit: PositiveInt | None = 500
-    batch: PositiveInt = 16
+    batch: PositiveInt = 4
+    """Windows that run at once on each thread."""
     baselines: tuple[Literal["rtn"], ...] = ("rtn",)
 
 

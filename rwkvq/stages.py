@@ -36,6 +36,7 @@ from rwkvq.proxies import table
 from rwkvq.quantize import block
 from rwkvq.report.collect import collect_report, write_report
 from rwkvq.run import Run, text_hash, tokenizer_hash
+from rwkvq.threads import single_threaded_torch
 from rwkvq.workers import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def run_stage(run: Run, name: str, progress: Progress = no_progress) -> StageRes
         raise RwkvqError(f"stage {name} {reason}, which an earlier stage writes; run these first: {earlier}")
     log.info("%s: %s", name, reason)
     begin = time.monotonic()
-    torch.set_num_threads(run.settings.run.threads)  # stages share their cores among batches, not inside a product
+    torch.set_num_threads(run.workers * run.settings.run.threads)
     stage.body(run, progress)
     finish_stage(run, name)
     seconds = time.monotonic() - begin
@@ -136,14 +137,15 @@ def _windows(run: Run, progress: Progress) -> None:
 
 def _activations(run: Run, progress: Progress) -> None:
     layers = run.checkpoint.spec.layers
-    activations.write_activations(
-        run.checkpoint,
-        windows.read_windows(run.windows),
-        run.activations,
-        run.settings.activations,
-        workers=run.workers,
-        on_block=lambda index: progress(f"activations of block {index}", index + 1, layers),
-    )
+    with single_threaded_torch():
+        activations.write_activations(
+            run.checkpoint,
+            windows.read_windows(run.windows),
+            run.activations,
+            run.settings.activations,
+            workers=run.workers,
+            on_block=lambda index: progress(f"activations of block {index}", index + 1, layers),
+        )
 
 
 def _proxies(run: Run, progress: Progress) -> None:

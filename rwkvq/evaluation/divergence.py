@@ -78,9 +78,9 @@ def compare_on_text(
     """Measure `reference` (result `float`) and every one of `others` on windows of ids [windows, length] int64.
 
     Each window starts from a zero state; the model reads [0, w_1 .. w_{L-1}] and predicts [w_1 .. w_L]. With no others
-    this is plain perplexity. `batch` windows run at once on each of torch's threads; results do
-    not depend on it beyond float32 rounding, and not at all on the number of threads.
-    Raises EvaluationError if vocabularies differ, an id is outside the vocabulary, or a model's logits are not finite.
+    this is plain perplexity. `batch` windows run at once on each of torch's threads; results do not depend on it
+    beyond float32 rounding, and not at all on the number of threads if the engines are resident. Raises
+    EvaluationError if vocabularies differ, an id is outside the vocabulary, or a model's logits are not finite.
     """
     engines = {FLOAT: reference, **others}
     assert len(engines) == len(others) + 1, "`float` is the name of the reference"

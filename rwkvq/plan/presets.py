@@ -177,7 +177,7 @@ def _or(explicit: _Value | None, default: _Value) -> _Value:
 
 
 def _resolve_decision(settings: DecisionSettings, default: Decision) -> Decision:
-    """Fill in the decision; values of one mode choose that mode where none is set. Raises SettingsError for two modes."""
+    """Fill in the decision; values of one mode choose that mode if none is set. Raises SettingsError for two modes."""
     implied = {mode for name, mode in _MODE_OF.items() if getattr(settings, name) is not None}
     if settings.mode is None and len(implied) > 1:
         listed = ", ".join(sorted(implied))

@@ -11,6 +11,7 @@ from typing import Any
 
 from rwkvq.artifact.reader import open_artifact
 from rwkvq.calibration import windows
+from rwkvq.errors import EvaluationError
 from rwkvq.evaluation.line import QUANTIZED
 from rwkvq.files import write_json, write_text
 from rwkvq.plan.bits import totals
@@ -68,7 +69,10 @@ def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportDat
 
 
 def _read_json(path: Path) -> Values:
-    values: Values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values: Values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: missing or damaged; run the stage that writes it again") from error
     return values
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ import torch
 from rwkvq import stages
 from rwkvq.files import run_lock
 from rwkvq.run import Run
+from rwkvq.workers import WorkerPool
 from tests.commands import (
     Outcome,
     command,
-    one_error_line,
     quantize_arguments,
     refused,
     unfinished,
@@ -33,8 +33,35 @@ Capture = pytest.CaptureFixture[str]
 BEFORE_QUANTIZE = ("windows", "activations", "proxies", "plan")
 
 
+class SharedPool(WorkerPool):
+    """The workers of all tests of this module: they take seconds to start, and no test here harms them."""
+
+    started: ClassVar[WorkerPool | None] = None
+
+    def __init__(self, workers: int, threads: int) -> None:
+        if SharedPool.started is None:
+            SharedPool.started = WorkerPool(1, 1)
+
+    def run(self, *arguments: Any, **options: Any) -> Any:
+        assert SharedPool.started is not None
+        return SharedPool.started.run(*arguments, **options)
+
+    def close(self) -> None:
+        """Left to the fixture."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "WorkerPool", SharedPool)
+        yield
+    if SharedPool.started is not None:
+        SharedPool.started.close()
+        SharedPool.started = None
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def whole(workers: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Inputs and one undisturbed run; tests work on copies."""
     folder = tmp_path_factory.mktemp("whole")
     values = write_inputs(folder)
@@ -100,7 +127,7 @@ def change(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], N
     return write
 
 
-def rename_to_rwkv4(tensors: dict[str, torch.Tensor]) -> None:
+def rename_to_rwkv5(tensors: dict[str, torch.Tensor]) -> None:
     tensors["blocks.0.att.time_mix_k"] = tensors.pop("blocks.0.att.x_k")
 
 
@@ -113,7 +140,7 @@ BAD_MODELS = {
         "blocks.1.att.key.weight",
     ),
     "missing tensor": (change(lambda t: t.pop("blocks.1.ffn.value.weight")), "blocks.1.ffn.value.weight"),
-    "unknown version": (change(rename_to_rwkv4), "RWKV-4"),
+    "unknown version": (change(rename_to_rwkv5), "not supported"),
     "no model": (lambda path: path.write_text("hello"), "truncated or damaged"),
     "empty file": (lambda path: path.write_bytes(b""), "truncated or damaged"),
     "missing": (lambda path: path.unlink(), "no such file"),
@@ -162,7 +189,8 @@ def test_a_bad_text_is_refused(capsys: Capture, inputs: Path, kind: str) -> None
 
 BAD_TOKENIZERS: dict[str, tuple[str, str | None, str]] = {
     "missing": ("gone.json", None, "no such file"),
-    "too large": ("big.txt", "".join(f"{i} '{chr(0x4E00 + i)}' 3\n" for i in range(1, 400)), "320"),
+    "too large": ("big.txt", "".join(f"{i + 100} {bytes([i])!r} 1\n" for i in range(256)), "320"),
+    "not all bytes": ("few.txt", "1 'a' 1\n2 'b' 1\n", "byte"),
     "no JSON": ("a.json", "{oops", "a.json"),
     "no vocabulary": ("a.txt", "1 __import__('os').system('touch ran') 1\n", "a.txt"),
     "empty": ("a.txt", "", "a.txt"),
@@ -283,10 +311,6 @@ def test_wrong_usage_has_its_own_exit_code(
         (("evaluate", "model.pth", "--lambada", "gone.jsonl", "--tokenizer", "vocabulary.txt"), "gone.jsonl"),
         (("evaluate", "model.pth", "--lambada", "calibration.txt", "--tokenizer", "vocabulary.txt"), "calibration.txt"),
         (
-            ("evaluate", "model.pth", "--text", "validation.txt", "--tokenizer", "vocabulary.txt", "--windows", "9999"),
-            "validation.txt",
-        ),
-        (
             ("evaluate", "model.pth", "--reference", "gone.pth", "--text", "validation.txt", "--length", "20")
             + ("--tokenizer", "vocabulary.txt", "--windows", "2"),
             "gone.pth",
@@ -298,8 +322,11 @@ def test_wrong_usage_has_its_own_exit_code(
         (("plan", "--params", "params.yaml", "--diff", "gone.json"), "gone.json"),
         (("plan", "--params", "params.yaml", "--model", "gone.pth"), "gone.pth"),
         (("plan", "--params", "params.yaml", "--out", "calibration.txt/plan.json"), "calibration.txt"),
-        (("generate", "model.pth", "--out", "calibration.txt/a.jsonl", "--tokenizer", "vocabulary.txt")
-            + ("--tokens", "2", "--samples", "1"), "calibration.txt"),
+        (
+            ("generate", "model.pth", "--out", "calibration.txt/a.jsonl", "--tokenizer", "vocabulary.txt")
+            + ("--tokens", "2", "--samples", "1"),
+            "calibration.txt",
+        ),
         (("generate", "model.pth", "--prompt", "a", "--tokenizer", "vocabulary.txt", "--top-p", "0"), "top_p"),
     ],
 )
@@ -330,7 +357,7 @@ BAD_PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "format": (lambda plan: rows_of(plan)[20].update(format="fancy"), "fancy"),
     "method": (lambda plan: rows_of(plan)[20].update(method="magic"), "magic"),
     "missing tensor": (lambda plan: rows_of(plan).pop(20), "missing"),
-    "twice": (lambda plan: rows_of(plan).append(rows_of(plan)[20]), "twice"),
+    "twice": (lambda plan: rows_of(plan).append(rows_of(plan)[20]), "2 times"),
     "other model": (lambda plan: plan.update(model_sha256="0" * 64), "another model"),
 }
 
@@ -464,7 +491,7 @@ def test_a_stage_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_spac
     params = copied_run(whole, mounted, tuple(names[: names.index(name)]))
     run = mounted / "run"
     # nothing fits; then the first part of it
-    for free in (0, 8192):
+    for free in (0, 8192) if name != "quantize" else (16384,):
         limit(mounted, free)
         line = refused(command(capsys, "stage", name, "--params", params), run, "the disk is full")
         assert "finished work is kept" in line
@@ -478,7 +505,7 @@ def test_a_stage_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_spac
         mine = run / path.name
         if path.is_dir():
             assert tree_hash(mine) == tree_hash(path)
-        elif path.suffix != ".html":  # the page shows seconds
+        elif path.stem != "report":  # it shows seconds
             assert mine.read_bytes() == path.read_bytes(), path.name
 
 
@@ -490,12 +517,8 @@ def test_quantize_on_a_full_disk_goes_on_when_there_is_space(
     refused(command(capsys, *arguments), mounted, "the disk is full")
     nothing_written(mounted, mounted / "OUT")
     limit(mounted, 330_000)  # the run fits now, its copy in OUT does not
-    for _ in range(4):
-        outcome = command(capsys, *arguments)
-        assert outcome.code == 1
-        one_error_line(outcome.err, mounted, "the disk is full")
-        nothing_written(mounted, mounted / "OUT")
-        limit(mounted, 30_000)
+    refused(command(capsys, *arguments), mounted, "the disk is full")
+    nothing_written(mounted, mounted / "OUT")
     assert mount("-o", "remount,size=64m", mounted) == 0
     assert command(capsys, *arguments).code == 0
     for name in ("model.safetensors", "quantization.json", "config.json"):
@@ -523,7 +546,8 @@ def test_a_damaged_activation_page_is_named_and_only_its_file_is_built_again(
     params = copied_run(whole, tmp_path, BEFORE_QUANTIZE)
     folder = tmp_path / "run" / "activations"
     damaged = folder / "block-001.parquet"
-    others = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path != damaged}
+    together = {damaged, folder / "v_first.parquet"}  # the outputs of block 0, one step
+    others = {path: path.stat().st_mtime_ns for path in set(folder.iterdir()) - together}
     flip(damaged, 0.5)
     refused(stage(capsys, params, "quantize"), damaged, "damaged", "run the activations stage again")
     assert not (tmp_path / "run" / "manifests" / "quantize.json").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     {"errors"},
-    {"files", "settings", "workers"},
+    {"files", "settings", "threads", "workers"},
     {"checkpoint", "formats"},
     {"models", "proxies"},
     {"calibration", "plan", "run"},
