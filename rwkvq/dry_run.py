@@ -16,7 +16,7 @@ from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.policies import make_plan
 from rwkvq.proxies import table
 from rwkvq.run import Run, cores
-from rwkvq.stages import STAGES, reason_for, stages_of
+from rwkvq.stages import STAGES, WAITS, reason_for, stages_of
 
 _PROCESS_BYTES = 350_000_000
 """A Python process with torch and this library, measured."""
@@ -97,7 +97,9 @@ def dry_run(run: Run) -> Preview:
     stages = []
     upstream = False
     for name in stages_of(run):
-        why = reason_for(run, STAGES[name]) or ("an earlier stage runs" if upstream else None)
+        why = reason_for(run, STAGES[name])
+        if upstream and (why is None or why.startswith(WAITS)):
+            why = "an earlier stage runs"
         upstream = upstream or why is not None
         stages.append((name, _seconds(run, plan, name, flops, rate) if why else 0.0, why or "up to date"))
     return Preview(plan, totals(plan), tuple(stages), run.workers, _peak_bytes(run), _disk_bytes(run, plan))

@@ -43,7 +43,10 @@ log = logging.getLogger(__name__)
 
 Hashes = dict[str, str]
 
-_WAITS = "waits for"
+WAITS = "waits for"
+
+PROVENANCE_SECTIONS = ("activations", "plan", "proxies", "quantize", "seed", "windows")
+"""The settings that decide an artifact's bytes, and are written into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def reason_for(run: Run, stage: Stage) -> str | None:
     try:
         inputs = stage.inputs(run)
     except FileNotFoundError as error:
-        return f"{_WAITS} {error.filename}"
+        return f"{WAITS} {error.filename}"
     reason = reason_to_run(run.folder, stage.name, stage.settings(run), inputs, code_version(stage.code))
     if stage.name == "plan" and reason == "output changed: plan.json":
         return None  # an edited plan is the user's decision, checked when it is read
@@ -93,7 +96,7 @@ def run_stage(run: Run, name: str, progress: Progress = no_progress) -> StageRes
     reason = reason_for(run, stage)
     if reason is None:
         return StageResult(name, False, "up to date", 0.0)
-    if reason.startswith(_WAITS):
+    if reason.startswith(WAITS):
         earlier = ", ".join(list(STAGES)[: list(STAGES).index(name)])
         raise RwkvqError(f"stage {name} {reason}, which an earlier stage writes; run these first: {earlier}")
     log.info("%s: %s", name, reason)
@@ -294,7 +297,6 @@ def _pack(run: Run, progress: Progress) -> None:
 
 def provenance(run: Run) -> dict[str, Any]:
     """Hashes of all that the artifact came from: equal for equal work, without times or host names."""
-    values = run.settings.model_dump(mode="json", exclude={"run", "run_dir", "model", "evaluate"})
     return {
         "checkpoint_sha256": run.checkpoint.identity(),
         "checkpoint_name": run.model_path.name,
@@ -302,7 +304,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_hash(run.tokenizer_path),
         "windows_sha256": sha256_of_file(run.windows) if run.windows.is_file() else None,
         "plan_sha256": sha256_of_file(run.plan),
-        "settings": values,
+        "settings": _section(*PROVENANCE_SECTIONS)(run),
         "software": software_versions(),
     }
 
@@ -398,13 +400,14 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "pack",
-            lambda run: {},
+            _section(*PROVENANCE_SECTIONS),
             lambda run: (
                 {
                     "quantized": _manifest_hash(run, "quantize"),
+                    "text": text_hash(run.settings.windows.source),
                     "tokenizer": tokenizer_hash(run.tokenizer_path),
                 }
-                | _of(run.plan)
+                | _of(run.plan, run.windows)
             ),
             lambda run: [run.artifact],
             ("rwkvq.artifact", "rwkvq.formats", "rwkvq.checkpoint"),
@@ -415,7 +418,11 @@ STAGES: dict[str, Stage] = {
             _section("evaluate"),
             _evaluation_inputs,
             lambda run: [run.evaluation],
-            (*_MODEL_CODE, "rwkvq.evaluation", "rwkvq.engine", "rwkvq.formats"),
+            # the baseline is planned, quantized and packed here
+            (
+                *_MODEL_CODE,
+                *(f"rwkvq.{name}" for name in ("artifact", "engine", "evaluation", "formats", "plan", "quantize")),
+            ),
             _evaluate,
         ),
         Stage(

@@ -133,7 +133,9 @@ class WorkerPool:
                 try:
                     return worker.run(function, job, timeout=timeout, on_event=on_event)
                 except WorkerDied as death:
-                    if attempt == retries or self._closed:
+                    if self._closed:  # nobody shall try again
+                        raise errors.RwkvqError("stopped together with the run") from death
+                    if attempt == retries:
                         raise
                     log.warning("%s; trying again", death)
                 finally:
@@ -150,7 +152,7 @@ class WorkerPool:
                 if worker.is_alive():
                     self._busy.add(worker)
                     return worker
-        raise WorkerDied("the workers were stopped before this job began")
+        raise errors.RwkvqError("stopped together with the run, before this job began")
 
     def _give_back(self, worker: Worker) -> None:
         with self._lock:

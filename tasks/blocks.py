@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,40 +11,45 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from rwkvq.quantize.block import BlockJob
-from rwkvq.quantize.block import run as run_block
-from rwkvq.run import Run
-from rwkvq.settings import parse
-from rwkvq.stages import run_job_in_pool
-from rwkvq.workers import WorkerPool
+from rwkvq.settings import RunSettings
+from rwkvq.workers import JobTimeout, WorkerDied, WorkerPool
+from tasks.progress import progress_of
 from tasks.retries import is_transient
+
+_own = threading.local()
 
 
 @task(
     name="quantize-block",
     task_run_name="quantize-{label}",
     cache_policy=NO_CACHE,
-    retries=1,
     retry_delay_seconds=1,
     retry_condition_fn=is_transient,
 )
-def quantize_block_task(label: str, job: BlockJob, settings: Mapping[str, Any], pool: WorkerPool | None) -> int:
-    """Quantize one block and return how many tensors were computed (not kept from an earlier run).
+def quantize_block_task(label: str, job: BlockJob, limits: RunSettings, pool: WorkerPool | None) -> int:
+    """Quantize one block in a worker process and return how many tensors were computed (not kept from an earlier run).
 
-    With a pool the work runs in one of its processes, which can be stopped at the time limit; without one this process
-    is a worker already (runners `processes` and `dask`).
+    `pool` None: this task does not run in the flow's process, and uses a worker of its own. Raises what the job raises,
+    JobTimeout, or WorkerDied; the latter is tried again.
     """
-    log = get_run_logger()
-    run = Run(parse(settings, "the flow's settings"))
+    progress = progress_of(f"quantize {label}")
 
     def show(event: Mapping[str, Any]) -> None:
-        if event["done"] == event["total"]:
-            log.info("%s: all %d tensors done", label, event["total"])
+        progress(event["tensor"], event["done"], event["total"])
 
-    if pool is not None:
-        computed = run_job_in_pool(pool, run, job, show)
-    else:
-        import torch
-
-        torch.set_num_threads(run.settings.run.threads)
-        computed = run_block(asdict(job), show)
+    try:
+        computed = (pool or _own_worker(limits.threads)).run(
+            "rwkvq.quantize.block:run", asdict(job), timeout=limits.task_timeout, retries=0, on_event=show
+        )
+    except (JobTimeout, WorkerDied) as error:
+        raise type(error)(f"{label}: {error}") from error
+    get_run_logger().info("quantize %s: done, %d tensors", label, len(computed))
     return len(computed)
+
+
+def _own_worker(threads: int) -> WorkerPool:
+    """The worker process of the thread that runs this task, kept for its next one."""
+    if getattr(_own, "pool", None) is None or _own.threads != threads:
+        _own.pool, _own.threads = WorkerPool(1, threads), threads
+    pool: WorkerPool = _own.pool
+    return pool

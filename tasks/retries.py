@@ -12,12 +12,12 @@ from rwkvq.workers import WorkerDied
 
 
 async def is_transient(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """True unless the user's input is at fault: those errors come back however often the task runs."""
+    """True unless the input or the time limit is at fault: those come back however often the task runs."""
     try:
         await state.aresult()
     except WorkerDied:
         return True
-    except RwkvqError:
+    except (RwkvqError, TimeoutError):
         return False
     except Exception:
         return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from rwkvq import stages
 from rwkvq.cli import app, run_app
+from rwkvq.run import Run
+from tests.small import settings_of
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,30 @@ def quantize_arguments(inputs: Path, out: Path, *more: object) -> list[object]:
 
 SMALL = {"samples": 12, "length": 48, "held_out": 2}
 """Sizes of the calibration windows, as in tests.small."""
+
+
+def copied_run(undisturbed: tuple[Path, dict[str, Any]], folder: Path, names: Sequence[str]) -> Path:
+    """A settings file whose run folder holds the undisturbed results of the stages `names`."""
+    run, target = Run(settings_of(undisturbed[1])), folder / "run"
+    (target / "manifests").mkdir(parents=True)
+    for name in names:
+        shutil.copy(run.folder / "manifests" / f"{name}.json", target / "manifests")
+        for path in stages.STAGES[name].outputs(run):
+            there = target / path.relative_to(run.folder)
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, there)
+    return write_params(folder / "params.yaml", undisturbed[1] | {"run_dir": str(target)})
+
+
+def nothing_written(folder: Path, out: Path) -> None:
+    assert not out.exists()
+    assert unfinished(folder) == []
+
+
+def refuse_quantize(
+    capsys: pytest.CaptureFixture[str], inputs: Path, *words: object, more: tuple[object, ...] = ()
+) -> str:
+    """`quantize` must refuse, and leave neither OUT nor anything half-written."""
+    out = inputs.parent / "OUT"
+    line = refused(command(capsys, *quantize_arguments(inputs, out, *more)), *words)
+    nothing_written(inputs.parent, out)
+    return line

@@ -126,7 +126,8 @@ def compare(
         print_json({"first": facts[0] | means[0], "second": facts[1] | means[1], "differences": differences})
         return
     merged = [fact | mean for fact, mean in zip(facts, means, strict=True)]
-    rows = [(key, _text(merged[0][key]), _text(merged[1][key])) for key in merged[0]]
+    names = dict.fromkeys([*merged[0], *merged[1]])
+    rows = [(key, _text(merged[0].get(key, "")), _text(merged[1].get(key, ""))) for key in names]
     console.print(table("Comparison", ("quantity", str(first), str(second)), rows))
     console.print()
     for item in differences:

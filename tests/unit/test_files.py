@@ -11,6 +11,8 @@ from rwkvq.files import (
     atomic_folder,
     atomic_path,
     canonical_json,
+    check_can_create,
+    recover_folder,
     remove_leftovers,
     run_lock,
     write_bytes,
@@ -56,11 +58,37 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / ".x.1234.tmp").touch()
-    (tmp_path / ".artifact.1234.tmp").mkdir()
-    (tmp_path / "deep" / "x").touch()
+    for name in ("deep/.x.12345678.tmp", "deep/x", "deep/.mine.tmp", "deep/.x.notahexa.tmp"):
+        (tmp_path / name).touch()
+    for name in (".artifact.0123abcd.tmp", ".artifact.0123abcd.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".y.12345678.tmp").touch()
     remove_leftovers(tmp_path)
-    assert sorted(str(item.relative_to(tmp_path)) for item in tmp_path.rglob("*")) == ["deep", "deep/x"]
+    kept = ["deep", "deep/.mine.tmp", "deep/.x.notahexa.tmp", "deep/x"]
+    assert sorted(str(item.relative_to(tmp_path)) for item in tmp_path.rglob("*")) == kept
+
+
+def test_a_folder_that_a_kill_left_moved_away_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "out[1]"
+    for name in (".out[1].0123abcd.tmp", ".out[1].0123abcd.old", ".out[1].b.0123abcd.tmp", ".out1.0123abcd.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    recover_folder(target)
+    others = [".out1.0123abcd.tmp", ".out[1].b.0123abcd.tmp"]  # of other folders
+    assert sorted(item.name for item in tmp_path.iterdir()) == [*others, "out[1]"]
+    assert (target / ".out[1].0123abcd.old").exists()
+    (tmp_path / ".out[1].fedcba98.old").mkdir()
+    recover_folder(target)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [*others, "out[1]"]
+    assert (target / ".out[1].0123abcd.old").exists()
+
+
+def test_a_place_that_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    check_can_create(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        check_can_create(tmp_path / "file" / "a")
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_second_run_on_one_folder_is_refused(tmp_path: Path) -> None:
