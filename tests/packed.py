@@ -72,9 +72,7 @@ def plan_of(source: WeightSource) -> Plan:
 
 
 def _planned(weight: Weight, shape: tuple[int, ...], layout: Layout, method: str) -> PlannedTensor:
-    options = {
-        name: _OPTIONS.get(name, True) for name in OPTIONS_OF[method]
-    }
+    options = {name: _OPTIONS.get(name, True) for name in OPTIONS_OF[method]}
     return PlannedTensor(
         name=weight.name,
         tensor=weight.tensor,

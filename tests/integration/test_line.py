@@ -86,7 +86,7 @@ def test_more_workers_give_the_same_bytes(finished: tuple[dict[str, Any], Run], 
 def test_a_changed_setting_is_named_and_only_what_depends_on_it_runs(
     finished: tuple[dict[str, Any], Run], tmp_path: Path
 ) -> None:
-    values, run = finished
+    values, _ = finished
     changed = Run(settings_of(values, "quantize.bits=4"))
     reasons = {name: stages.reason_for(changed, stages.STAGES[name]) for name in stages.STAGES}
     assert reasons["windows"] is reasons["activations"] is reasons["proxies"] is None

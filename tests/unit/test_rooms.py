@@ -24,7 +24,7 @@ ORDER = [
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-OPTIONAL = {"prefect", "dvc", "datasets", "lm_eval", "matplotlib", "transformers", "dask", "prefect_dask", "pandas", "scipy"}
+OPTIONAL = {"prefect", "prefect_dask", "dask", "dvc", "datasets", "lm_eval", "transformers", "pandas", "scipy"}
 
 
 def imported(tree: ast.AST, *, top_only: bool) -> set[str]:
@@ -51,9 +51,8 @@ def test_rooms_import_lower_rooms_only() -> None:
         for name in imported(ast.parse(path.read_text()), top_only=False):
             head, _, rest = name.partition(".")
             other = rest.partition(".")[0]
-            if head in ("tasks", "flows", "prefect", "dvc"):
-                wrong.append(f"{path}: {name}")
-            elif head == "rwkvq" and other != room and RANK[other] >= RANK[room]:
+            is_outside = head in ("tasks", "flows", "prefect", "dvc")
+            if is_outside or (head == "rwkvq" and other != room and RANK[other] >= RANK[room]):
                 wrong.append(f"{path}: {name}")
     assert not wrong
 

@@ -1,0 +1,122 @@
+"""Stage `quantize`: one job a block, on worker processes; every tensor is a file of its own until it is packed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from rwkvq.errors import QuantizationError
+from rwkvq.files import Progress
+from rwkvq.plan.plan import Plan, PlannedTensor
+from rwkvq.quantize import block
+from rwkvq.run import Run
+from rwkvq.workers import WorkerPool
+
+
+def read_plan(run: Run) -> Plan:
+    """The run's plan, checked against the model. Raises PlanError."""
+    return checked_plan(run, run.plan)
+
+
+def checked_plan(run: Run, path: Path) -> Plan:
+    """The plan in `path`, checked against the run's model. Raises PlanError."""
+    plan = Plan.read(path)
+    plan.check_model(run.checkpoint)
+    return plan
+
+
+def block_jobs(run: Run) -> list[block.BlockJob]:
+    """The jobs of stage `quantize`: one a block that has something to quantize."""
+    plan = read_plan(run)
+    present = {entry.block for entry in plan.tensors if entry.method != "keep"}
+    ordered = sorted(present, key=lambda index: (index is None, index or 0))
+    places = str(run.model_path), str(run.plan), str(run.activations), str(run.quantized)
+    return [block.BlockJob(*places, index) for index in ordered]
+
+
+def run_job_in_pool(pool: WorkerPool, run: Run, job: block.BlockJob, on_event: Callable[[dict[str, Any]], None]) -> Any:
+    """Run one block job on a worker process of `pool`, with the run's time limit and retries."""
+    limits = run.settings.run
+    return pool.run(
+        "rwkvq.quantize.block:run", asdict(job), timeout=limits.task_timeout, retries=limits.retries, on_event=on_event
+    )
+
+
+def quantize(run: Run, progress: Progress) -> None:
+    """Quantize every block on the run's pool, or on one of its own."""
+    jobs = block_jobs(run)
+    if run.pool is not None:
+        quantize_in_pool(run, run.pool, jobs, progress)
+        return
+    with WorkerPool(min(run.workers, max(1, len(jobs))), run.settings.run.threads) as pool:
+        quantize_in_pool(run, pool, jobs, progress)
+
+
+def quantize_in_pool(run: Run, pool: WorkerPool, jobs: list[block.BlockJob], progress: Progress) -> None:
+    """Run all block jobs on `pool`. The first error stops the rest; finished tensors stay."""
+    total = sum(len(block.planned_for(read_plan(run), job.block)) for job in jobs)
+    done = 0
+
+    def count(event: Mapping[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        progress(str(event["tensor"]), done, total)
+
+    with ThreadPoolExecutor(max_workers=run.workers) as threads:
+        futures = [threads.submit(run_job_in_pool, pool, run, job, count) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            pool.close()
+            raise
+    finish_quantized(run)
+
+
+def finish_quantized(run: Run) -> None:
+    """Check that every planned tensor is there and delete files of other plans. Raises QuantizationError."""
+    expected = {path for path, _ in quantized_files(run)}
+    missing = sorted(path for path in expected if not path.is_file())
+    if missing:
+        raise QuantizationError(f"{missing[0]}: not written ({len(missing)} tensors missing); run stage quantize again")
+    for stray in set(run.quantized.rglob("*.safetensors")) - expected:
+        stray.unlink()
+
+
+def quantized_files(run: Run) -> list[tuple[Path, PlannedTensor]]:
+    """File and plan row of every quantized tensor."""
+    files = []
+    for job in block_jobs(run):
+        files += [
+            (block.tensor_path(job.folder, entry), entry) for entry in block.planned_for(read_plan(run), job.block)
+        ]
+    return files
+
+
+def tensor_errors(run: Run) -> dict[str, dict[str, float | None]]:
+    """What quantization did to each weight, by name (block.TensorError as plain values)."""
+    errors = {}
+    for path, entry in quantized_files(run):
+        with quantized_file(path) as file:
+            errors[entry.name] = json.loads(file.metadata()["error"])
+    return errors
+
+
+@contextmanager
+def quantized_file(path: Path) -> Iterator[Any]:
+    """Open one quantized tensor's file. Raises QuantizationError if it cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise QuantizationError(
+            f"{path}: missing or damaged; run stage quantize again, it rebuilds this file"
+        ) from error

@@ -1,0 +1,125 @@
+"""What each stage does: library calls between its input files and its output files. Stage `quantize`: blocks.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rwkvq.artifact.writer import software_versions, write_artifact
+from rwkvq.calibration import activations, windows
+from rwkvq.checkpoint.names import weights_of
+from rwkvq.evaluation.line import evaluate_run
+from rwkvq.files import Progress, sha256_of_file
+from rwkvq.plan.plan import Plan, PlannedTensor
+from rwkvq.plan.policies import make_plan
+from rwkvq.proxies import table
+from rwkvq.report.collect import collect_report, write_report
+from rwkvq.run import Run, text_hash, tokenizer_hash
+from rwkvq.stages.blocks import quantized_file, quantized_files, read_plan, tensor_errors
+from rwkvq.stages.stage import read_seconds
+from rwkvq.threads import single_threaded_torch
+
+PROVENANCE_SECTIONS = ("activations", "plan", "proxies", "quantize", "seed", "windows")
+"""The settings that decide an artifact's bytes, and are written into it."""
+
+
+def sections_of(run: Run, *names: str) -> dict[str, Any]:
+    """The named sections of the run's settings as plain values."""
+    dumped = run.settings.model_dump(mode="json")
+    return {name: dumped[name] for name in names}
+
+
+def run_windows(run: Run, progress: Progress) -> None:
+    """Stage `windows`."""
+    settings = run.settings
+    built = windows.build_windows(settings.windows, seed=settings.seed, vocab=run.checkpoint.spec.vocab)
+    windows.write_windows(built, run.windows)
+    progress("windows", len(built.ids), len(built.ids))
+
+
+def run_activations(run: Run, progress: Progress) -> None:
+    """Stage `activations`."""
+    layers = run.checkpoint.spec.layers
+    with single_threaded_torch():
+        activations.write_activations(
+            run.checkpoint,
+            windows.read_windows(run.windows),
+            run.activations,
+            run.settings.activations,
+            workers=run.workers,
+            on_block=lambda index: progress(f"activations of block {index}", index + 1, layers),
+        )
+
+
+def run_proxies(run: Run, progress: Progress) -> None:
+    """Stage `proxies`."""
+    source = run.checkpoint
+    weights = weights_of(source.spec, {name: source.shape(name) for name in source.names()})
+    blocks = sorted({weight.block for weight in weights if weight.block is not None})
+    rows = []
+    for done, index in enumerate(blocks, 1):
+        members = [weight for weight in weights if weight.block == index]
+        rows += table.measure_block(source, members, run.settings.proxies)
+        progress(f"proxies of block {index}", done, len(blocks))
+    table.write(run.proxies, rows, {"model_sha256": source.identity()})
+
+
+def build_plan(run: Run) -> Plan:
+    """The plan of this run's settings, from the proxies table. Raises PlanError."""
+    return make_plan(
+        run.checkpoint, table.read(run.proxies), run.settings.plan, run.settings.quantize, run.settings.seed
+    )
+
+
+def run_plan(run: Run, progress: Progress) -> None:
+    """Stage `plan`."""
+    build_plan(run).write(run.plan)
+    progress("plan", 1, 1)
+
+
+def run_pack(run: Run, progress: Progress) -> None:
+    """Stage `pack`."""
+    files = {entry.name: path for path, entry in quantized_files(run)}
+    plan = read_plan(run)
+
+    def parts(entry: PlannedTensor) -> dict[str, Tensor]:
+        with quantized_file(files[entry.name]) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    write_artifact(
+        run.artifact,
+        run.checkpoint,
+        plan,
+        parts,
+        tensor_errors(run),
+        tokenizer=run.tokenizer_path,
+        provenance=provenance(run),
+        overwrite=True,
+        on_tensor=lambda name, done, total: progress(name, done, total),
+    )
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Hashes of all that the artifact came from: equal for equal work, without times or host names."""
+    return {
+        "checkpoint_sha256": run.checkpoint.identity(),
+        "checkpoint_name": run.model_path.name,
+        "text_sha256": text_hash(run.settings.windows.source),
+        "tokenizer_sha256": tokenizer_hash(run.tokenizer_path),
+        "windows_sha256": sha256_of_file(run.windows) if run.windows.is_file() else None,
+        "plan_sha256": sha256_of_file(run.plan),
+        "settings": sections_of(run, *PROVENANCE_SECTIONS),
+        "software": software_versions(),
+    }
+
+
+def run_evaluate(run: Run, progress: Progress) -> None:
+    """Stage `evaluate`."""
+    evaluate_run(run, progress)
+
+
+def run_report(run: Run, progress: Progress) -> None:
+    """Stage `report`."""
+    write_report(collect_report(run, read_plan(run), read_seconds(run)), run)
+    progress("report", 1, 1)
