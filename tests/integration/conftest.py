@@ -42,7 +42,8 @@ def pool_of_session() -> Iterator[None]:
 @pytest.fixture
 def shared_workers(pool_of_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands of this process use the shared workers."""
-    monkeypatch.setattr(stages, "WorkerPool", SharedPool)
+    for place in ("blocks", "line"):
+        monkeypatch.setattr(f"rwkvq.stages.{place}.WorkerPool", SharedPool)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,8 @@ def undisturbed(pool_of_session: None, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("undisturbed")
     values = write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "WorkerPool", SharedPool)
+        for place in ("blocks", "line"):
+            patch.setattr(f"rwkvq.stages.{place}.WorkerPool", SharedPool)
         stages.run_line(Run(settings_of(values)))
     return folder, values
 
