@@ -164,6 +164,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Intermediate files.")] = Path("data/runs/benchmark-quality"),
     ruler: Annotated[Path | None, typer.Option(help="Independent evaluator.")] = None,
     check: Annotated[list[str], typer.Option(help="Methods that the independent evaluator measures again.")] = CHECKED,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods [default: all].")] = None,
     windows: Annotated[int, typer.Option()] = 64,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -176,7 +177,7 @@ def main(
             "run_dir": str(folder),
             "windows": {"source": str(calibration), "tokenizer": str(tokenizer)},
         }
-        made = make_all(base, folder, METHODS, seed)
+        made = make_all(base, folder, {name: METHODS[name] for name in method or METHODS}, seed)
         loaded = load_tokenizer(tokenizer)
         ids = text_windows(text.read_text(encoding="utf-8"), loaded, windows, 512, where=str(text))
         reference = Engine(Run(parse(base, "x")).checkpoint)
@@ -190,7 +191,7 @@ def main(
         if ruler:
             outside = Ruler(ruler, model, text, tokenizer, windows)
             exported = folder / "exported.safetensors"
-            checks = [check_row(name, texts[name], outside.ask(made[name], exported)) for name in check]
+            checks = [check_row(name, texts[name], outside.ask(made[name], exported)) for name in check if name in made]
         write_json(folder / "rows.json", {"rows": rows, "checks": checks})
         sections.append(section(model.stem, rows, checks))
     write_text(out, preamble(seed, windows) + "\n".join(sections))
