@@ -90,8 +90,7 @@ def adopt_plan(run: Run, plan_file: Path) -> StageResult:
 def run_line(
     run: Run, progress: Callable[[str], Progress] = lambda stage: no_progress, plan_file: Path | None = None
 ) -> list[StageResult]:
-    """Run the whole line in this process; `progress(stage)` gives the Progress of each stage."""
-    check_inputs(run, plan_file)
+    """Run the whole line in this process, after check_inputs; `progress(stage)` gives the Progress of each stage."""
     with WorkerPool(run.workers, run.settings.run.threads) as pool:  # workers start while earlier stages run
         pooled = Run(run.settings, pool)
         results = []
