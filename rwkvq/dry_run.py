@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from rwkvq.calibration.activations import estimate_cache_bytes
 from rwkvq.checkpoint.names import weights_of
 from rwkvq.formats import ScalarLayout, VectorLayout
 from rwkvq.plan.bits import Totals, totals
@@ -177,7 +178,7 @@ def _peak_bytes(run: Run) -> float:
 
 
 def _disk_bytes(run: Run, plan: Plan) -> float:
-    """The activation cache (float16) and two copies of the codes."""
-    settings, spec = run.settings.windows, run.checkpoint.spec
-    tokens = (settings.samples + settings.held_out) * settings.length
-    return 2.0 * tokens * spec.width * (spec.layers + 1) + 2 * sum(entry.stored_bits for entry in plan.tensors) / 8
+    """The activation cache and two copies of the codes."""
+    settings = run.settings.windows
+    cache = estimate_cache_bytes(run.checkpoint.spec, settings.samples + settings.held_out, settings.length)
+    return cache + 2 * sum(entry.stored_bits for entry in plan.tensors) / 8

@@ -11,9 +11,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,6 @@ from rwkvq.errors import OutputError
 _CHUNK = 1 << 20
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
 """Names of atomic_path and atomic_folder while they work."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRef:
-    """A file and what it held when the reference was made; `path` as given, sha256 in hex, size in bytes."""
-
-    path: Path
-    sha256: str
-    size: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileRef:
-        """Hash the file at `path`."""
-        return cls(path, sha256_of_file(path), path.stat().st_size)
-
-    def is_unchanged(self) -> bool:
-        """True if the file still exists and holds the same bytes."""
-        return self.path.is_file() and FileRef.of(self.path) == self
 
 
 def sha256_of_file(path: Path) -> str:
@@ -204,11 +185,6 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def hash_all(paths: Mapping[str, Path]) -> dict[str, str]:
-    """Hex SHA-256 of each named file."""
-    return {name: sha256_of_file(path) for name, path in paths.items()}
 
 
 def code_version(modules: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ import pytest
 
 from rwkvq.errors import OutputError
 from rwkvq.files import (
-    FileRef,
     atomic_folder,
     atomic_path,
     canonical_json,
@@ -18,17 +17,6 @@ from rwkvq.files import (
     write_bytes,
     write_json,
 )
-
-
-def test_a_reference_notices_a_changed_file(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    write_bytes(path, b"one")
-    reference = FileRef.of(path)
-    assert reference.is_unchanged()
-    write_bytes(path, b"two")
-    assert not reference.is_unchanged()
-    path.unlink()
-    assert not reference.is_unchanged()
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_leftovers(tmp_path: Path) -> None:
