@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -12,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from rwkvq.quantize.block import BlockJob
 from rwkvq.settings import RunSettings
+from rwkvq.stages.blocks import run_job_in_pool
 from rwkvq.workers import JobTimeout, WorkerDied, WorkerPool
 from tasks.progress import progress_of
 from tasks.retries import is_transient
@@ -38,9 +38,8 @@ def quantize_block_task(label: str, job: BlockJob, limits: RunSettings, pool: Wo
         progress(event["tensor"], event["done"], event["total"])
 
     try:
-        computed = (pool or _own_worker(limits.threads)).run(
-            "rwkvq.quantize.block:run", asdict(job), timeout=limits.task_timeout, retries=0, on_event=show
-        )
+        once = limits.model_copy(update={"retries": 0})  # Prefect tries again
+        computed = run_job_in_pool(pool or _own_worker(limits.threads), job, once, show)
     except (JobTimeout, WorkerDied) as error:
         raise type(error)(f"{label}: {error}") from error
     get_run_logger().info("quantize %s: done, %d tensors", label, len(computed))

@@ -17,6 +17,7 @@ from rwkvq.files import Progress
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import block
 from rwkvq.run import Run
+from rwkvq.settings import RunSettings
 from rwkvq.workers import WorkerPool
 
 
@@ -34,19 +35,24 @@ def checked_plan(run: Run, path: Path) -> Plan:
 
 def block_jobs(run: Run) -> list[block.BlockJob]:
     """The jobs of stage `quantize`: one a block that has something to quantize."""
-    plan = read_plan(run)
+    return _jobs_of(run, read_plan(run))
+
+
+def _jobs_of(run: Run, plan: Plan) -> list[block.BlockJob]:
     present = {entry.block for entry in plan.tensors if entry.method != "keep"}
     ordered = sorted(present, key=lambda index: (index is None, index or 0))
     places = str(run.model_path), str(run.plan), str(run.activations), str(run.quantized)
     return [block.BlockJob(*places, index) for index in ordered]
 
 
-def run_job_in_pool(pool: WorkerPool, run: Run, job: block.BlockJob, on_event: Callable[[dict[str, Any]], None]) -> Any:
-    """Run one block job on a worker process of `pool`, with the run's time limit and retries."""
-    limits = run.settings.run
-    return pool.run(
+def run_job_in_pool(
+    pool: WorkerPool, job: block.BlockJob, limits: RunSettings, on_event: Callable[[dict[str, Any]], None]
+) -> list[str]:
+    """Run one block job on a worker process of `pool`, with the time limit and retries of `limits`; see block.run."""
+    computed: list[str] = pool.run(
         "rwkvq.quantize.block:run", asdict(job), timeout=limits.task_timeout, retries=limits.retries, on_event=on_event
     )
+    return computed
 
 
 def quantize(run: Run, progress: Progress) -> None:
@@ -61,16 +67,15 @@ def quantize(run: Run, progress: Progress) -> None:
 
 def quantize_in_pool(run: Run, pool: WorkerPool, jobs: list[block.BlockJob], progress: Progress) -> None:
     """Run all block jobs on `pool`. The first error stops the rest; finished tensors stay."""
-    total = sum(len(block.planned_for(read_plan(run), job.block)) for job in jobs)
-    done = 0
+    total = len(quantized_files(run))
+    done: set[str] = set()  # a job that is tried again reports the tensors it keeps once more
 
     def count(event: Mapping[str, Any]) -> None:
-        nonlocal done
-        done += 1
-        progress(str(event["tensor"]), done, total)
+        done.add(str(event["tensor"]))
+        progress(str(event["tensor"]), len(done), total)
 
     with ThreadPoolExecutor(max_workers=run.workers) as threads:
-        futures = [threads.submit(run_job_in_pool, pool, run, job, count) for job in jobs]
+        futures = [threads.submit(run_job_in_pool, pool, job, run.settings.run, count) for job in jobs]
         try:
             for future in futures:
                 future.result()
@@ -93,12 +98,12 @@ def finish_quantized(run: Run) -> None:
 
 def quantized_files(run: Run) -> list[tuple[Path, PlannedTensor]]:
     """File and plan row of every quantized tensor."""
-    files = []
-    for job in block_jobs(run):
-        files += [
-            (block.tensor_path(job.folder, entry), entry) for entry in block.planned_for(read_plan(run), job.block)
-        ]
-    return files
+    plan = read_plan(run)
+    return [
+        (block.tensor_path(job.folder, entry), entry)
+        for job in _jobs_of(run, plan)
+        for entry in block.planned_for(plan, job.block)
+    ]
 
 
 def tensor_errors(run: Run) -> dict[str, dict[str, float | None]]:

@@ -11,7 +11,7 @@ from rwkvq.calibration import activations, windows
 from rwkvq.checkpoint.names import weights_of
 from rwkvq.evaluation.line import evaluate_run
 from rwkvq.files import Progress, sha256_of_file
-from rwkvq.plan.plan import Plan, PlannedTensor
+from rwkvq.plan.plan import PlannedTensor
 from rwkvq.plan.policies import make_plan
 from rwkvq.proxies import table
 from rwkvq.report.collect import collect_report, write_report
@@ -65,16 +65,11 @@ def run_proxies(run: Run, progress: Progress) -> None:
     table.write(run.proxies, rows, {"model_sha256": source.identity()})
 
 
-def build_plan(run: Run) -> Plan:
-    """The plan of this run's settings, from the proxies table. Raises PlanError."""
-    return make_plan(
-        run.checkpoint, table.read(run.proxies), run.settings.plan, run.settings.quantize, run.settings.seed
-    )
-
-
 def run_plan(run: Run, progress: Progress) -> None:
     """Stage `plan`."""
-    build_plan(run).write(run.plan)
+    settings = run.settings
+    made = make_plan(run.checkpoint, table.read(run.proxies), settings.plan, settings.quantize, settings.seed)
+    made.write(run.plan)
     progress("plan", 1, 1)
 
 
