@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from rwkvq.calibration.activations import estimate_cache_bytes
-from rwkvq.checkpoint.names import weights_of
+from rwkvq.checkpoint.names import Weight, weights_of
 from rwkvq.formats import ScalarLayout, VectorLayout
 from rwkvq.plan.bits import Totals, totals
 from rwkvq.plan.plan import Plan, PlannedTensor
@@ -33,6 +35,8 @@ class Preview:
     totals: Totals
     stages: tuple[tuple[str, float, str], ...]
     """(stage, estimated seconds, why it runs); seconds 0 and `up to date` where nothing is to do."""
+    full: tuple[tuple[str, float], ...]
+    """(stage, estimated seconds if it had to run)."""
     workers: int
     peak_bytes: float
     disk_bytes: float
@@ -43,6 +47,10 @@ class Preview:
     def seconds(self) -> float:
         """Estimated seconds of all stages that would run."""
         return sum(seconds for _, seconds, _ in self.stages)
+
+    def full_seconds(self, without: Collection[str] = ()) -> float:
+        """Estimated seconds of all stages but those of `without`, whether they would run or not."""
+        return sum(seconds for name, seconds in self.full if name not in without)
 
     def stage_rows(self) -> list[tuple[str, ...]]:
         """Rows (stage, runs, seconds, why)."""
@@ -90,30 +98,62 @@ def _bits(entries: list[PlannedTensor]) -> int:
     return sum(entry.stored_bits for entry in entries)
 
 
-def dry_run(run: Run) -> Preview:
-    """Plan a run without writing anything. Raises CheckpointError, PlanError."""
-    plan = preview_plan(run)
+def dry_run(run: Run, rows: Sequence[table.Row] | None = None) -> Preview:
+    """Plan a run without writing anything; rows: proxies to plan with, None = as `preview_rows` finds them.
+
+    Raises CheckpointError, PlanError.
+    """
+    plan = preview_plan(run, rows)
     flops = _flops(run, plan)
     rate = measured_flops()
+    full = tuple((name, _seconds(run, plan, name, flops, rate)) for name in stages_of(run))
     stages = []
     upstream = False
-    for name in stages_of(run):
+    for name, seconds in full:
         why = reason_for(run, STAGES[name])
         if upstream and (why is None or why.startswith(WAITS)):
             why = "an earlier stage runs"
         upstream = upstream or why is not None
-        stages.append((name, _seconds(run, plan, name, flops, rate) if why else 0.0, why or "up to date"))
-    return Preview(plan, totals(plan), tuple(stages), run.workers, _peak_bytes(run), _disk_bytes(run, plan))
+        stages.append((name, seconds if why else 0.0, why or "up to date"))
+    peak, disk = _peak_bytes(run), _disk_bytes(run, plan)
+    return Preview(plan, totals(plan), tuple(stages), full, run.workers, peak, disk)
 
 
-def preview_plan(run: Run) -> Plan:
-    """The plan this run's settings give, from proxies computed in memory."""
-    source = run.checkpoint
-    weights = weights_of(source.spec, {name: source.shape(name) for name in source.names()})
+def preview_plan(run: Run, rows: Sequence[table.Row] | None = None) -> Plan:
+    """The plan this run's settings give; the run's own plan.json if that is what it would use."""
+    if reason_for(run, STAGES["plan"]) is None:
+        return Plan.read(run.plan)
+    found = preview_rows(run) if rows is None else rows
+    return make_plan(run.checkpoint, found, run.settings.plan, run.settings.quantize, run.settings.seed)
+
+
+def preview_rows(run: Run) -> list[table.Row]:
+    """The proxies of this run, from its stage `proxies` if that is up to date, else computed in memory."""
+    if reason_for(run, STAGES["proxies"]) is None:
+        return table.read(run.proxies)
+    source, weights = run.checkpoint, _weights(run)
     rows = []
     for index in range(source.spec.layers):
         rows += table.measure_block(source, [w for w in weights if w.block == index], run.settings.proxies)
-    return make_plan(source, rows, run.settings.plan, run.settings.quantize, run.settings.seed)
+    return rows
+
+
+def stand_in_rows(run: Run) -> list[table.Row]:
+    """Rows with drawn proxies: they give a plan of about the right size and cost without reading any weight."""
+    draw = random.Random(0)
+    rows = []
+    for weight in _weights(run):
+        if weight.weight_class in table.MEASURED_CLASSES:
+            some = table.GapMeasures(1, draw.random(), draw.random(), 0.0, 0.0, 0.0, 0.0, False)
+            measures = table.Measures(some, some, some, some, 3 + 3 * draw.random())
+            shape = weight.shape
+            rows.append(table.Row(weight.name, weight.block, weight.weight_class, shape, "bfloat16", measures))
+    return rows
+
+
+def _weights(run: Run) -> list[Weight]:
+    source = run.checkpoint
+    return weights_of(source.spec, {name: source.shape(name) for name in source.names()})
 
 
 def measured_flops() -> float:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Sequence
+
+MAX_MESSAGE = 4000
+"""Characters of a message that are shown; names and values from a file may be of any length."""
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that would break the line, drive the terminal or have no encoding."""
 
 
 class RwkvqError(Exception):
-    """Base of all errors that are reported to the user as one line."""
+    """Base of all errors that are reported to the user as one line, whatever the names and values in it hold."""
+
+    def __str__(self) -> str:
+        """The message as one line of at most MAX_MESSAGE characters."""
+        text = _BREAKS.sub(lambda found: repr(found.group())[1:-1], super().__str__())
+        return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 300]} ... {text[-290:]}"
 
 
 class SettingsError(RwkvqError):
@@ -60,3 +72,36 @@ class EvaluationError(RwkvqError):
 
 class OutputError(RwkvqError):
     """An output cannot be written: it exists, the folder is read-only, the disk is full, another run holds it."""
+
+
+class OutOfMemory(RwkvqError):
+    """An allocation was refused; the same work may succeed beside less other work."""
+
+
+_REFUSED_ALLOCATION = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+"""What torch and safetensors say in errors of their own."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a refused allocation is behind `error`: readers take it for a damaged file and say so."""
+    while error is not None:
+        if isinstance(error, MemoryError | OutOfMemory):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if any(words in str(error).lower() for words in _REFUSED_ALLOCATION):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class StoreError(RwkvqError):
+    """The store of `run.store` cannot be used or does not answer; the same work may succeed later."""
+
+
+class StoredObjectError(StoreError):
+    """A file is missing in the store, or is not what was stored; who sent it has to send it again."""
+
+
+class FamilyError(RwkvqError):
+    """Cells of a family failed; the others are done."""

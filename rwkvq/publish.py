@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from rwkvq.artifact.sums import write_sums
+from rwkvq.artifact.sums import files_of, write_sums
 from rwkvq.artifact.writer import check_replaceable
-from rwkvq.errors import OutputError
-from rwkvq.files import atomic_folder, check_can_create, make_folder
+from rwkvq.errors import ArtifactError, OutputError
+from rwkvq.files import atomic_folder, check_can_create
 from rwkvq.run import Run
 
 
@@ -25,13 +25,14 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 def publish(run: Run, out: Path, *, overwrite: bool) -> None:
     """Copy the run's artifact, its report and its metrics to `out`, with the checksums of all of them.
 
-    Raises OutputError if `out` exists (without `overwrite`), is no artifact or cannot be written; it is as it was then.
+    Raises OutputError if `out` exists (without `overwrite`), is no artifact or cannot be written, and ArtifactError for
+    links in the place of files, which are never followed; `out` is as it was then.
     """
     check_replaceable(out)
-    files = {path.relative_to(run.artifact): path for path in run.artifact.rglob("*") if path.is_file()}
-    files |= {Path(path.name): path for path in (run.report, run.metrics) if path.is_file()}
+    files = {path.name: path for path in (*files_of(run.artifact), run.report, run.metrics) if path.is_file()}
     with atomic_folder(out, overwrite=overwrite) as folder:
         for name, path in sorted(files.items()):
-            make_folder((folder / name).parent)
+            if path.is_symlink():
+                raise ArtifactError(f"{path}: a link, expected the file itself; remove it and run the stages again")
             shutil.copyfile(path, folder / name)
         write_sums(folder)

@@ -13,6 +13,9 @@ from rwkvq.files import sha256_of_file
 from rwkvq.settings import Settings
 from rwkvq.workers import WorkerPool
 
+SHARED = ("windows", "activations", "proxies")
+"""Stages whose outputs do not depend on the policy, so that runs of one model may have them in one folder."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -27,6 +30,11 @@ class Run:
         """The run folder."""
         return Path(self.settings.run_dir)
 
+    def folder_of(self, stage: str) -> Path:
+        """Where a stage keeps its outputs and its manifest: the run folder, or the shared one of the settings."""
+        shared = self.settings.shared_dir
+        return Path(shared) if shared and stage in SHARED else self.folder
+
     @property
     def model_path(self) -> Path:
         """The float checkpoint."""
@@ -40,17 +48,17 @@ class Run:
     @property
     def windows(self) -> Path:
         """Output of stage `windows`."""
-        return self.folder / "windows.parquet"
+        return self.folder_of("windows") / "windows.parquet"
 
     @property
     def activations(self) -> Path:
         """Output folder of stage `activations`."""
-        return self.folder / "activations"
+        return self.folder_of("activations") / "activations"
 
     @property
     def proxies(self) -> Path:
         """Output of stage `proxies`."""
-        return self.folder / "proxies.parquet"
+        return self.folder_of("proxies") / "proxies.parquet"
 
     @property
     def plan(self) -> Path:
@@ -82,10 +90,9 @@ class Run:
         """Output of stage `report`: the flat figures that DVC compares."""
         return self.folder / "metrics.json"
 
-    @property
-    def timings(self) -> Path:
-        """Seconds by stage of the last time each ran; not an output, since times differ from run to run."""
-        return self.folder / "timings.json"
+    def timings(self, stage: str) -> Path:
+        """File with the seconds that a stage took the last time; no output, since times differ from run to run."""
+        return self.folder_of(stage) / "timings.json"
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

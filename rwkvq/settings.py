@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rwkvq.documents import parse_yaml, read_yaml
 from rwkvq.errors import SettingsError
 
-MAX_PARAMS_BYTES = 1 << 20
-"""A params file is a page of text; anything larger is refused unread."""
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 
 GapMode = Literal["raw", "distinct", "unique", "quantile"]
 Policy = Literal["rtn", "sq", "kmeans", "vq", "rwkvquant"]
@@ -157,16 +157,20 @@ class QuantizeSettings(Section):
 
 
 class RunSettings(Section):
-    """Where and how work runs. Changes nothing in any result."""
+    """Where and how work runs. Changes nothing in any result, but for `threads`."""
 
     workers: Annotated[int, Field(ge=0)] = 0
     """Parallel block jobs; 0 = one per core."""
     threads: PositiveInt = 1
-    """Torch threads of each block job."""
-    runner: Literal["threads", "processes", "dask"] = "threads"
+    """Torch threads of each block job. Another number splits products otherwise, which may change some codes."""
+    runner: Literal["threads", "processes", "dask", "ray"] = "threads"
     """Prefect task runner of the flow."""
     dask_address: str | None = None
     """Scheduler of a running dask cluster (tcp://HOST:8786) for runner `dask`; None = a cluster on this machine."""
+    ray_address: str | None = None
+    """A running ray cluster (ray://HOST:10001) for runner `ray`; None = one on this machine."""
+    store: str | None = None
+    """Where block jobs get their files from and put their results: an fsspec URL; None = all see the run folder."""
     retries: Annotated[int, Field(ge=0)] = 1
     task_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds one task may take."""
@@ -184,6 +188,9 @@ class EvaluateSettings(Section):
     lambada_limit: PositiveInt | None = 500
     batch: PositiveInt = 4
     """Windows that run at once on each thread."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Models whose decoded weights take more together run block by block; None = half of the free memory. Changes no
+    result."""
     baselines: tuple[Literal["rtn"], ...] = ("rtn",)
 
 
@@ -193,6 +200,8 @@ class Settings(Section):
     model: str = "model.pth"
     """A .pth or .safetensors checkpoint, or a folder of shards with their index."""
     run_dir: str = "data/runs/default"
+    shared_dir: str | None = None
+    """Folder of what runs of one model share: windows, activations, proxies; None = run_dir."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     windows: WindowsSettings = WindowsSettings()
     activations: ActivationsSettings = ActivationsSettings()
@@ -217,22 +226,33 @@ def parse(values: Mapping[str, Any], source: str) -> Settings:
     try:
         return Settings.model_validate(_tuples(values))
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"]) or "settings"
-            if item["type"] == "extra_forbidden":
-                problems.append(f"{where}: unknown key; known: {', '.join(_known_keys(item['loc'][:-1]))}")
-            else:
-                problems.append(f"{where}: {item['msg']}, found {item['input']!r}")
-        raise SettingsError(source, problems) from error
+        raise SettingsError(source, problems_of(error, Settings)) from error
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Settings
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """What pydantic found wrong in values of `model`, one line each."""
+    problems = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{where}: unknown key; known: {', '.join(_known_keys(model, item['loc'][:-1]))}")
+        else:
+            problems.append(f"{where}: {item['msg']}, found {_shown(item['input'])}")
+    return problems
+
+
+def _shown(value: Any) -> str:
+    """The value found, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    section = model
     for part in location:
         annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
+        options = [annotation, *get_args(annotation)]  # a section that may be None
+        section = next(item for item in options if isinstance(item, type) and issubclass(item, BaseModel))
     return list(section.model_fields)
 
 
@@ -246,9 +266,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             problems.append(f"{override!r}: expected section.key=value")
             continue
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"{override!r}: the value is not YAML")
+            value = parse_yaml(text)
+        except ValueError as error:
+            problems.append(f"{override!r}: the value is not YAML ({error})")
             continue
         *path, last = key.split(".")
         here = result
@@ -262,25 +282,6 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """Read a params file as plain values, safely; raise SettingsError if it is no YAML mapping."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_PARAMS_BYTES:
-            raise SettingsError(str(path), [f"{size} bytes, at most {MAX_PARAMS_BYTES} are read"])
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(str(path), ["no such file"]) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingsError(str(path), [f"cannot be read as YAML ({first_line})"]) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise SettingsError(str(path), ["the top level is not a mapping of section names"])
-    return values
-
-
 def load(path: Path, overrides: Iterable[str] = ()) -> Settings:
     """Read `params.yaml`, apply overrides, validate. Raises SettingsError."""
-    return parse(apply_overrides(read_values(path), overrides), str(path))
+    return parse(apply_overrides(read_yaml(path), overrides), str(path))

@@ -5,18 +5,46 @@ one thread gives the same bits for any number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
 
 @contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """Set torch to one thread, for Python threads started inside too, and back."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Set torch to `count` threads, for Python threads started inside too, and back."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def single_threaded_torch() -> AbstractContextManager[None]:
+    """Set torch to one thread, for Python threads started inside too, and back."""
+    return torch_threads(1)
+
+
+def map_in_order(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int, *, ahead: int = 1
+) -> Iterator[_Result]:
+    """function(item) for each item, in order, `workers` at once and never more than workers + ahead of them begun."""
+    pending: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= workers + ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

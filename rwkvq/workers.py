@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rwkvq import errors
@@ -25,10 +27,17 @@ from rwkvq import errors
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[[dict[str, Any]], None]
+Job = Mapping[str, Any]
+
+MEMORY_REMEDY = "free some memory or use a machine with more, then run again; finished work is kept"
 
 
 class WorkerDied(errors.RwkvqError):
-    """A worker process ended before its job did (killed, out of memory); the job may be tried again."""
+    """A worker process ended before its job did; the job may be tried again."""
+
+
+class WorkerKilled(WorkerDied):
+    """A worker process was killed by SIGKILL, as the system does when memory runs out."""
 
 
 class JobTimeout(errors.RwkvqError):
@@ -40,8 +49,8 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        # the child inherits the mask: Ctrl-C goes to the whole process group, and only the parent decides what it means
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # the child inherits the mask: what goes to the whole process group, only the parent decides what it means
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rwkvq.workers", str(threads)],
@@ -63,13 +72,14 @@ class Worker:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._lines.put(line)
+            if line.endswith("\n"):  # else it died in the middle of the line
+                self._lines.put(line)
         self._lines.put(None)
 
-    def run(self, function: str, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent) -> Any:
-        """Run `package.module:function` on `job` in the child and return its JSON answer.
+    def run(self, function: str, job: Job, *, timeout: float, on_event: OnEvent, label: str) -> Any:
+        """Run `package.module:function` on `job` in the child and return its JSON answer. `label` names it in errors.
 
-        Raises the job's own RwkvqError, WorkerDied, or JobTimeout after `timeout` seconds.
+        Raises the job's own RwkvqError, OutOfMemory, WorkerDied, or JobTimeout after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         assert self._process.stdin is not None
@@ -77,30 +87,41 @@ class Worker:
             self._process.stdin.write(json.dumps({"function": function, "job": dict(job)}) + "\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise self._death() from error
+            raise self._death(label) from error
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty as error:
                 self.kill()
                 raise JobTimeout(
-                    f"{function}: still running after {timeout:g} s and stopped; raise run.task_timeout"
+                    f"{label}: still running after {timeout:g} s and stopped; raise run.task_timeout"
                 ) from error
             if line is None:
-                raise self._death()
+                raise self._death(label)
             message = json.loads(line)
             if "event" in message:
                 on_event(message["event"])
             elif "error" in message:
-                raise _rebuilt(message["error"])
+                raise self._rebuilt(message["error"], label)
             else:
                 return message["answer"]
 
-    def _death(self) -> WorkerDied:
+    def _death(self, label: str) -> WorkerDied:
         code = self._process.wait()
+        if code == -signal.SIGKILL:
+            why = f"killed by signal {-code}, as the system does when memory runs out"
+            return WorkerKilled(f"{label}: worker {self.pid}: {why}")
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        hint = " (out of memory? use fewer run.workers)" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"worker process {self.pid}: {how} before its job was done{hint}")
+        return WorkerDied(f"{label}: worker {self.pid}: {how} before its job was done")
+
+    def _rebuilt(self, error: Mapping[str, str], label: str) -> Exception:
+        kind = getattr(errors, error["type"], None)
+        if kind is errors.OutOfMemory:
+            self.kill()  # the next job gets a process with unspent memory
+            return errors.OutOfMemory(f"{label}: worker {self.pid}: {error['message']}")
+        if kind is errors.SettingsError or not (isinstance(kind, type) and issubclass(kind, errors.RwkvqError)):
+            return errors.RwkvqError(error["message"])
+        return kind(error["message"])
 
     def is_alive(self) -> bool:
         """True while the child runs."""
@@ -113,34 +134,85 @@ class Worker:
 
 
 class WorkerPool:
-    """Keeps idle workers for the next job, so that a process starts once and not once a block."""
+    """Keeps idle workers for the next job, so that a process starts once and not once a block. Any thread may use it.
+
+    A job that runs out of memory is tried again beside fewer others: the pool goes on with one worker less, never
+    below one.
+    """
 
     def __init__(self, workers: int, threads: int) -> None:
         self._threads = threads
-        self._slots = threading.BoundedSemaphore(workers)
+        self._workers = workers
+        self._slots = workers
+        self._running = 0
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         self._busy: set[Worker] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
         for _ in range(workers):  # imports torch while earlier stages still run
             self._idle.put(Worker(threads))
 
-    def run(self, function: str, job: Mapping[str, Any], *, timeout: float, retries: int, on_event: OnEvent) -> Any:
-        """Run one job on a free worker; a worker that died is replaced, the job tried again up to `retries` times."""
-        with self._slots:
-            for attempt in range(retries + 1):
+    @property
+    def slots(self) -> int:
+        """How many jobs may run at once: as many as there were workers, less those that memory did not suffice for."""
+        return self._slots
+
+    def run(self, function: str, job: Job, *, timeout: float, retries: int, on_event: OnEvent, label: str = "") -> Any:
+        """Run one job on a free worker and return its answer. `label` (default: `function`) names it in messages.
+
+        A worker that died is replaced and the job tried again up to `retries` times. Being tried again with less
+        parallelism does not count. Raises what the job raises, JobTimeout, WorkerDied, OutOfMemory.
+        """
+        failures = 0
+        while True:
+            with self._slot() as slots:
                 worker = self._take()
                 try:
-                    return worker.run(function, job, timeout=timeout, on_event=on_event)
-                except WorkerDied as death:
+                    return worker.run(function, job, timeout=timeout, on_event=on_event, label=label or function)
+                except (WorkerDied, errors.OutOfMemory) as failure:
                     if self._closed:  # nobody shall try again
-                        raise errors.RwkvqError("stopped together with the run") from death
-                    if attempt == retries:
-                        raise
-                    log.warning("%s; trying again", death)
+                        raise errors.RwkvqError("stopped together with the run") from failure
+                    if not self._give_way(failure, slots):
+                        failures += 1
+                        self._check_retry(failure, failures, retries)
                 finally:
                     self._give_back(worker)
-            raise AssertionError("unreachable")
+
+    @contextmanager
+    def _slot(self) -> Iterator[int]:
+        """Wait until fewer jobs run than may; yields how many may."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._closed or self._running < self._slots)
+            self._running += 1
+            slots = self._slots
+        try:
+            yield slots
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def _give_way(self, failure: errors.RwkvqError, slots: int) -> bool:
+        """Whether the job that failed beside up to `slots` - 1 others now gets more memory than it had."""
+        if not isinstance(failure, WorkerKilled | errors.OutOfMemory):
+            return False
+        with self._lock:
+            if self._slots == slots:  # no other job has given way since this one began
+                if slots == 1:
+                    return False
+                self._slots -= 1
+            log.warning("%s; going on with %d of %d workers", failure, self._slots, self._workers)
+        return True
+
+    def _check_retry(self, failure: errors.RwkvqError, failures: int, retries: int) -> None:
+        """Say that the job is tried again, or raise `failure` with what to do."""
+        if failures <= retries:
+            log.warning("%s; trying again", failure)
+        elif isinstance(failure, WorkerKilled | errors.OutOfMemory):
+            raise type(failure)(f"{failure}, with one worker left; {MEMORY_REMEDY}") from failure
+        else:
+            raise failure
 
     def _take(self) -> Worker:
         with self._lock:
@@ -166,6 +238,7 @@ class WorkerPool:
         """End all workers, the busy ones too; no job begins after that."""
         with self._lock:
             self._closed = True
+            self._changed.notify_all()
             for worker in self._busy:
                 worker.kill()
             while not self._idle.empty():
@@ -178,18 +251,21 @@ class WorkerPool:
         self.close()
 
 
-def _rebuilt(error: Mapping[str, str]) -> Exception:
-    kind = getattr(errors, error["type"], None)
-    if kind is errors.SettingsError or not (isinstance(kind, type) and issubclass(kind, errors.RwkvqError)):
-        return errors.RwkvqError(error["message"])
-    return kind(error["message"])
-
-
 def _leave_with_parent(lines: queue.Queue[str]) -> None:
     """Read jobs; the end of the stream means that the parent is gone, whatever this process is doing."""
     for line in sys.stdin:
         lines.put(line)
     os._exit(0)
+
+
+def _described(error: Exception) -> dict[str, str]:
+    """Kind and message of a failed job's error, for the parent."""
+    if errors.is_out_of_memory(error):
+        return {"type": "OutOfMemory", "message": f"not enough memory ({' '.join(str(error).split())[:200]})"}
+    if isinstance(error, errors.RwkvqError):
+        return {"type": type(error).__name__, "message": str(error)}
+    log.error("job failed", exc_info=error)
+    return {"type": "RwkvqError", "message": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
@@ -206,6 +282,8 @@ def main() -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
+    with suppress(OSError):  # where memory runs out, a worker ends and not the run
+        Path("/proc/self/oom_score_adj").write_text("500")
     importlib.import_module("rwkvq.quantize.block")
     while True:
         request = json.loads(lines.get())
@@ -213,11 +291,8 @@ def main() -> None:
         function = getattr(importlib.import_module(module), name)
         try:
             send({"answer": function(request["job"], lambda event: send({"event": event}))})
-        except errors.RwkvqError as error:
-            send({"error": {"type": type(error).__name__, "message": str(error)}})
         except Exception as error:
-            log.exception("job failed")
-            send({"error": {"type": "RwkvqError", "message": f"{type(error).__name__}: {error}"}})
+            send({"error": _described(error)})
 
 
 if __name__ == "__main__":

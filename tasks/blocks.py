@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from rwkvq.family.events import CellEvent
 from rwkvq.quantize.block import BlockJob
 from rwkvq.settings import RunSettings
-from rwkvq.stages.blocks import run_job_in_pool
-from rwkvq.workers import JobTimeout, WorkerDied, WorkerPool
+from rwkvq.transfer import RemoteJob
+from rwkvq.workers import WorkerPool
+from tasks.events import tell
 from tasks.progress import progress_of
 from tasks.retries import is_transient
-
-_own = threading.local()
+from tasks.workers import own_pool
 
 
 @task(
@@ -26,29 +27,28 @@ _own = threading.local()
     retry_delay_seconds=1,
     retry_condition_fn=is_transient,
 )
-def quantize_block_task(label: str, job: BlockJob, limits: RunSettings, pool: WorkerPool | None) -> int:
-    """Quantize one block in a worker process and return how many tensors were computed (not kept from an earlier run).
+def quantize_block_task(
+    label: str, job: BlockJob | RemoteJob, limits: RunSettings, cell: str, pool: WorkerPool | None
+) -> int:
+    """Quantize one block of `cell` in a worker process and return how many tensors were computed (not kept or found).
 
-    `pool` None: this task does not run in the flow's process, and uses a worker of its own. Raises what the job raises,
-    JobTimeout, or WorkerDied; the latter is tried again.
+    A RemoteJob runs where the run folder is not seen (rwkvq/transfer.py). `pool` None: this task does not run in the
+    flow's process, and uses a worker of its own. Raises what the job raises, JobTimeout, WorkerDied or OutOfMemory.
     """
-    progress = progress_of(f"quantize {label}")
+    log_progress = progress_of(f"{cell}: quantize {label}")
 
     def show(event: Mapping[str, Any]) -> None:
-        progress(event["tensor"], event["done"], event["total"])
+        # `total` of a tensor's event is of the whole cell, which a block does not know
+        tell(CellEvent(cell, "tensor", "quantize", event["tensor"], error=event.get("error")))
+        log_progress(event["tensor"], event["done"], event["total"])
 
-    try:
-        once = limits.model_copy(update={"retries": 0})  # Prefect tries again
-        computed = run_job_in_pool(pool or _own_worker(limits.threads), job, once, show)
-    except (JobTimeout, WorkerDied) as error:
-        raise type(error)(f"{label}: {error}") from error
-    get_run_logger().info("quantize %s: done, %d tensors", label, len(computed))
+    computed: list[str] = (pool or own_pool(limits.threads)).run(
+        "rwkvq.transfer:run" if isinstance(job, RemoteJob) else "rwkvq.quantize.block:run",
+        asdict(job),
+        timeout=limits.task_timeout,
+        retries=0,  # Prefect tries again
+        on_event=show,
+        label=f"{cell}: {label}",
+    )
+    get_run_logger().info("%s: quantize %s: done, %d tensors", cell, label, len(computed))
     return len(computed)
-
-
-def _own_worker(threads: int) -> WorkerPool:
-    """The worker process of the thread that runs this task, kept for its next one."""
-    if getattr(_own, "pool", None) is None or _own.threads != threads:
-        _own.pool, _own.threads = WorkerPool(1, threads), threads
-    pool: WorkerPool = _own.pool
-    return pool

@@ -9,6 +9,7 @@ from prefect import get_run_logger
 from prefect.artifacts import update_progress_artifact
 
 from rwkvq.files import Progress
+from tasks.events import is_heard
 
 SECONDS = 3.0
 """Between two lines; what takes less time needs no progress."""
@@ -25,7 +26,8 @@ def progress_of(name: str, bar: UUID | None = None) -> Progress:
         if done >= total or now - last < SECONDS:
             return
         last = now
-        log.info("%s: %d of %d (%s)", name, done, total, what)
+        if not is_heard():
+            log.info("%s: %d of %d (%s)", name, done, total, what)
         if bar is not None:
             update_progress_artifact(artifact_id=bar, progress=100.0 * done / total)
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rwkvq import stages
-from rwkvq.cli import app, run_app
+from rwkvq.cli import INTERRUPTIONS, app, run_app
 from rwkvq.run import Run
 from tests.small import settings_of
 
@@ -29,7 +29,7 @@ class Outcome:
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
     """Run `rwkvq ARGUMENTS` and return its outcome; this process keeps its own signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTIONS}
     capsys.readouterr()
     try:
         code = run_app(app, [str(item) for item in arguments])

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkvq.files import canonical_json, code_version, sha256_of_file, write_json
+from rwkvq.files import canonical_json, code_version, write_json
+from rwkvq.hashes import file_hash
 
 __all__ = ["OutputFile", "StageManifest", "code_version", "read_manifest", "reason_to_run", "record"]
 
@@ -122,7 +123,7 @@ def _files_below(path: Path) -> list[Path]:
 
 
 def _output_file(path: Path) -> OutputFile:
-    return OutputFile(sha256_of_file(path), path.stat().st_size)
+    return OutputFile(file_hash(path), path.stat().st_size)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,6 +173,6 @@ def _changed_outputs(run_dir: Path, outputs: Mapping[str, OutputFile]) -> str | 
     for name in sorted(outputs):
         path, expected = run_dir / name, outputs[name]
         # the size is free to check; the hash costs a read
-        if path.stat().st_size != expected.size or sha256_of_file(path) != expected.sha256:
+        if path.stat().st_size != expected.size or file_hash(path) != expected.sha256:
             return f"output changed: {name}"
     return None

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from rwkvq import documents
 from rwkvq.artifact.layout import FORMAT, INDEX, SINGLE, is_shard_name
+from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.errors import ArtifactError
-
-MAX_JSON_BYTES = 64 << 20
-"""A few thousand rows of text; a larger file is refused unread."""
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -40,18 +38,13 @@ class Stored:
 def read_json(path: Path) -> Any:
     """Parse a JSON file of bounded size; raise ArtifactError naming it if that fails."""
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ArtifactError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}; get the artifact again")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        return documents.read_json(path)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; pack or copy the artifact again") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot be read as JSON; pack or copy the artifact again") from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); pack or copy the artifact again") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}: cannot be read as JSON ({error}); pack or copy the artifact again") from error
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -121,9 +114,8 @@ def read_tensors(path: Path, keys: Sequence[str]) -> list[Tensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    # the library checks header length, offsets against the file's size, and shape times dtype against the offsets
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with open_safetensors(path) as file:
             yield file
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; pack or copy the artifact again") from error

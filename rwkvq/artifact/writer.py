@@ -40,7 +40,7 @@ _CODE = tuple(
     f"rwkvq.{name}"
     for name in ("checkpoint", "formats", "models", "proxies", "calibration", "plan", "quantize", "artifact")
 )
-_LIBRARIES = ("numpy", "safetensors", "torch")
+_LIBRARIES = ("numpy", "pyarrow", "safetensors", "tokenizers", "torch")
 
 
 def write_artifact(

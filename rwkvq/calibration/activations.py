@@ -6,13 +6,10 @@ is resumed, or a file that is rebuilt, gives the same bytes.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +20,9 @@ from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.spec import ModelSpec
 from rwkvq.errors import ActivationError
 from rwkvq.files import atomic_path, code_version, make_folder
-from rwkvq.models import embed, load_block, run_block
+from rwkvq.models import batches_at_once, embed, fitting_batch, load_block, run_block
 from rwkvq.settings import ActivationsSettings
+from rwkvq.threads import map_in_order
 
 CODE = (
     "rwkvq.models",
@@ -36,8 +34,6 @@ CODE = (
 """The sources that decide what is in the cache."""
 _V_FIRST = "v_first.parquet"
 _V_FIRST_ROWS = "v_first"
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 _TOKEN_OVERHEAD = 14
 """Bytes a token beside its values: window, position, and the run lengths of Parquet's repetition levels."""
 _WINDOW_OVERHEAD = 512
@@ -62,6 +58,13 @@ class InputBatch:
         used = ~self.held_out
         v_first = None if self.v_first is None else self.v_first[used]
         return InputBatch(self.x[used], v_first, self.held_out[used])
+
+    def parts(self, windows: int) -> Iterator[InputBatch]:
+        """The batch in pieces of at most `windows` windows."""
+        for start in range(0, len(self.x), windows):
+            some = slice(start, start + windows)
+            v_first = None if self.v_first is None else self.v_first[some]
+            yield InputBatch(self.x[some], v_first, self.held_out[some])
 
 
 def block_path(folder: Path, block: int) -> Path:
@@ -100,7 +103,10 @@ def write_activations(
     run at once, each with torch's number of threads; it changes no byte. on_block(i): the inputs of block i are there.
     Raises CheckpointError, ActivationError (values that are not finite), OutputError.
     """
-    job = _Job(source, windows, make_folder(folder), cache_key(source, windows), settings.batch, workers)
+    length = windows.ids.shape[1]
+    batch = fitting_batch(source.spec, length, settings.batch)
+    workers = batches_at_once(source.spec, batch * length, workers)
+    job = _Job(source, windows, make_folder(folder), cache_key(source, windows), batch, workers)
     for step in range(source.spec.layers):
         if not all(job.is_valid(rows, path) for rows, path in job.outputs(step).items()):
             job.run(step)
@@ -176,19 +182,7 @@ class _Job:
             x, _, v_first = run_block(self.source.spec, block, weights, batch.x, v_first=batch.v_first)
             return (x,) if v_first is None else (x, v_first)
 
-        return _map_in_order(run, _read(self.folder, block, self.key, self.batch), self.workers)
-
-
-def _map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
-    """function(item) for each item, in order, `workers` at once and never more than workers + 1 ahead."""
-    pending: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        return map_in_order(run, _read(self.folder, block, self.key, self.batch), self.workers)
 
 
 def cache_windows(folder: Path) -> str:

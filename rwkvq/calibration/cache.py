@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from rwkvq.documents import check_regular
 from rwkvq.errors import ActivationError
 
 FORMAT = "rwkvq-activations/1"
@@ -125,6 +126,7 @@ class CacheReader:
         """Raises ActivationError if the file is missing, is no cache file, or holds other rows than `rows`."""
         self.path = path
         with _damage_named(path):
+            check_regular(path)
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
             self.metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
@@ -142,8 +144,12 @@ class CacheReader:
         lengths = {self._file.metadata.row_group(index).num_rows for index in range(groups)}
         if len(lengths) != 1 or groups != int(self.metadata["windows"]):
             raise ValueError(f"{groups} windows of {sorted(lengths)} rows, {self.metadata['windows']} windows expected")
+        length, width = lengths.pop(), column.list_size
+        _check_plain(self.path, self._file.metadata, groups * length * width * column.value_type.bit_width // 8)
         held_out = tuple(int(index) for index in self.metadata["held_out"].split())
-        return CacheShape(groups, lengths.pop(), column.list_size, held_out, self.metadata["has_v_first"] == "True")
+        if not all(0 <= index < groups for index in held_out):
+            raise ValueError(f"held-out windows {held_out[:3]} of {groups}")
+        return CacheShape(groups, length, width, held_out, self.metadata["has_v_first"] == "True")
 
     def __enter__(self) -> CacheReader:
         return self
@@ -182,6 +188,16 @@ class CacheReader:
                     raise ValueError(f"positions of window {window}")
                 if not (table.column("window").to_numpy() == window).all():
                     raise ValueError(f"number of window {window}")
+
+
+def _check_plain(path: Path, footer: pq.FileMetaData, needed: int) -> None:
+    """Raise ValueError unless the file can hold `needed` bytes of values, neither compressed nor by dictionary."""
+    for index in range(footer.num_row_groups):
+        for part in (footer.row_group(index).column(column) for column in range(footer.num_columns)):
+            if part.compression != "UNCOMPRESSED" or part.has_dictionary_page:
+                raise ValueError("it is compressed")
+    if not 0 < needed <= path.stat().st_size:
+        raise ValueError(f"its footer promises {needed} bytes of values, more than the file holds")
 
 
 @contextmanager

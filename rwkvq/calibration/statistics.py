@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import torch
@@ -14,15 +15,18 @@ from torch import Tensor
 
 from rwkvq.calibration.activations import InputBatch
 from rwkvq.calibration.sites import Needs, needs_of
+from rwkvq.calibration.spill import Moments, Spilled
 from rwkvq.checkpoint.names import Weight
 from rwkvq.checkpoint.spec import ModelSpec
 from rwkvq.errors import ActivationError
-from rwkvq.models import run_block
+from rwkvq.models import fitting_batch, observe_block
 
 Weighting = Literal["second_moment", "mean_sq", "official", "none"]
 
 _STRIPE = 128
 """Columns of a product x^T x that are computed at once; what lies below the diagonal stripe is never computed."""
+IN_MEMORY = 256 << 20
+"""Bytes of a block's second moments, together, that stay in memory."""
 
 
 class Accumulator(Protocol):
@@ -41,33 +45,53 @@ class Accumulator(Protocol):
 class SecondMoment:
     """Mean of x x^T over all tokens seen, [features, features].
 
-    Products are formed in float32, one batch at a time, and summed in float64; only the upper triangle is kept.
+    Products are formed in float32, one batch at a time, and summed in float64; only the upper triangle is kept, as
+    stripes of rows from their diagonal to the end, so that it takes no more memory than the whole in float32.
     """
 
     def __init__(self, features: int) -> None:
         self.features = features
         self.tokens = 0
-        self._sum = torch.zeros(features, features, dtype=torch.float64)
+        self._stripes = [
+            torch.zeros(min(_STRIPE, features - start), features - start, dtype=torch.float64)
+            for start in range(0, features, _STRIPE)
+        ]
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of what finish returns."""
+        return 4 * self.features**2
 
     def add(self, x: Tensor) -> None:
         """Take in x [batch, time, features], float32."""
         rows = x.flatten(0, -2)
         self.tokens += len(rows)
-        for start in range(0, rows.shape[1], _STRIPE):
-            stripe = rows[:, start : start + _STRIPE]
-            self._sum[start : start + _STRIPE, start:] += stripe.T @ rows[:, start:]
+        for index, total in enumerate(self._stripes):
+            start = index * _STRIPE
+            total += rows[:, start : start + _STRIPE].T @ rows[:, start:]
 
     def merge(self, other: SecondMoment) -> None:
         """Take in all that `other` has seen."""
         self.tokens += other.tokens
-        self._sum += other._sum
+        for total, added in zip(self._stripes, other._stripes, strict=True):
+            total += added
 
     def finish(self) -> Tensor:
-        """Mean of x x^T, float32 [features, features], exactly symmetric; raises ValueError if no token was seen."""
+        """Mean of x x^T, float32 [features, features], exactly symmetric; raises ValueError if no token was seen.
+
+        Ends the accumulator: its sums are given back one by one, while the result grows from its last rows upwards.
+        """
         if not self.tokens:
             raise ValueError("no tokens")
-        upper = (self._sum / self.tokens).float().triu_()
-        return upper + upper.triu(1).T
+        result = torch.empty(self.features, self.features)
+        while self._stripes:
+            mean = self._stripes.pop().div_(self.tokens).float()
+            here = slice(self.features - mean.shape[1], self.features - mean.shape[1] + len(mean))
+            square = mean[:, : len(mean)].triu()
+            result[here, here] = square + square.triu(1).T
+            result[here, here.stop :] = mean[:, len(mean) :]
+            result[here.stop :, here] = mean[:, len(mean) :].T
+        return result
 
 
 class ChannelImportance:
@@ -131,11 +155,11 @@ def percentile_over_time(x: Tensor, percentile: float) -> Tensor:
 class BlockStatistics:
     """What the windows say about one block.
 
-    second_moments: by site, float32 [in, in]; importance: by weight name, float32 [size]. tokens: how many went into
-    them. held_out: windows that were left out.
+    second_moments: by site, float32 [in, in], perhaps read from disk at each look; importance: by weight name, float32
+    [size]. tokens: how many went into them. held_out: windows that were left out.
     """
 
-    second_moments: Mapping[str, Tensor]
+    second_moments: Moments
     importance: Mapping[str, Tensor]
     tokens: int
     held_out: int
@@ -179,12 +203,23 @@ class BlockAccumulator:
         for site, importance in other._importance.items():
             self._channels(site, importance.features).merge(importance)
 
-    def finish(self) -> BlockStatistics:
-        """All statistics; every needed site must have been seen."""
+    def finish(self, scratch: Path | None = None) -> BlockStatistics:
+        """All statistics; every needed site must have been seen. Ends the accumulator.
+
+        scratch: folder for second moments that are too many to stay in memory; None keeps all in memory.
+        """
         by_site = {site: importance.finish() for site, importance in self._importance.items()}
         importance = {name: by_site[site] for site, names in self._needs.importance.items() for name in names}
-        moments = {site: moment.finish() for site, moment in self._moments.items()}
-        return BlockStatistics(moments, importance, self.tokens, self.held_out)
+        return BlockStatistics(self._finished_moments(scratch), importance, self.tokens, self.held_out)
+
+    def _finished_moments(self, scratch: Path | None) -> Moments:
+        size = sum(moment.result_bytes for moment in self._moments.values())
+        finished: dict[str, Tensor | Spilled] = {}
+        # the small ones first: what they held is free when the largest is finished
+        for site in sorted(self._moments, key=lambda name: self._moments[name].features):
+            moment = self._moments.pop(site).finish()
+            finished[site] = moment if scratch is None or size <= IN_MEMORY else Spilled.of(moment, scratch)
+        return Moments(finished)
 
 
 def accumulate(
@@ -196,16 +231,14 @@ def accumulate(
 ) -> None:
     """Run block `index` once over `batches`, without their held-out windows, and add what its sites see.
 
-    weights: of the block by their name inside it, float32 (models.load_block).
+    weights: of the block by their name inside it, float32 (models.load_block); ffn.value is not used.
     """
-    # nobody reads the output of the block, so its last and largest product may shrink to one row
-    weights = {**weights, "ffn.value.weight": weights["ffn.value.weight"][:1]}
     for batch in batches:
         used = batch.without_held_out()
         accumulator.held_out += len(batch.x) - len(used.x)
         accumulator.tokens += used.x.shape[0] * used.x.shape[1]
-        if len(used.x):
-            run_block(spec, index, weights, used.x, v_first=used.v_first, observe=accumulator.observe)
+        for part in used.parts(fitting_batch(spec, used.x.shape[1], len(used.x))):
+            observe_block(spec, index, weights, part.x, accumulator.observe, v_first=part.v_first)
 
 
 def collect(
@@ -217,14 +250,16 @@ def collect(
     *,
     weighting: Weighting = "second_moment",
     percentile: float = 99,
+    scratch: Path | None = None,
 ) -> BlockStatistics:
     """The statistics that the `wanted` weights of block `index` need, in one pass over `batches`.
 
-    weights: of the block by their name inside it, float32 (models.load_block). weighting and percentile: of
-    element-wise weights. Raises ActivationError if every window is held out, and what reading `batches` raises.
+    weights: of the block by their name inside it, float32 (models.load_block); ffn.value is not used. weighting and
+    percentile: of element-wise weights. scratch: see BlockAccumulator.finish. Raises ActivationError if every window is
+    held out, and what reading `batches` raises.
     """
     accumulator = BlockAccumulator(needs_of(wanted), weighting, percentile)
     accumulate(spec, index, weights, batches, accumulator)
     if not accumulator.tokens:
         raise ActivationError(f"block {index}: no window is left for statistics; set windows.samples to 1 or more")
-    return accumulator.finish()
+    return accumulator.finish(scratch)

@@ -12,8 +12,10 @@ from itertools import takewhile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rwkvq.documents import check_regular
 from rwkvq.errors import TextError
 from rwkvq.files import sha256_of_bytes
 
@@ -76,9 +78,12 @@ def text_hash(documents: Iterable[str]) -> str:
 
 def _check_size(path: Path) -> None:
     try:
+        check_regular(path)
         size = path.stat().st_size
     except OSError as error:
         raise TextError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:
+        raise TextError(f"{path}: cannot be read ({error}); name a text file") from error
     if size > MAX_TEXT_BYTES:
         raise TextError(f"{path}: {size} bytes, at most {MAX_TEXT_BYTES} are read; cut a part of it for calibration")
 
@@ -120,10 +125,37 @@ def _read_parquet(path: Path, field: str) -> list[str]:
             kind = schema.field(field).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise TextError(f"{path}: column {field!r} is {kind}, expected text; set windows.field")
+        # as a dictionary, so that a text that is repeated by reference is in memory once
+        with pq.ParquetFile(path, read_dictionary=[field]) as file:
+            _check_unpacked(path, file.metadata, schema.names.index(field))
             column = file.read(columns=[field]).column(field)
-    except (pa.ArrowException, OSError) as error:
+        _check_unfolded(path, column)
+        return [document for document in column.to_pylist() if document is not None]
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise TextError(f"{path}: cannot be read as Parquet ({_first_line(error)}); check the file") from error
-    return [document for document in column.to_pylist() if document is not None]
+
+
+def _check_unpacked(path: Path, footer: pq.FileMetaData, column: int) -> None:
+    """Raise TextError if the column is larger than a text may be once it is decompressed."""
+    groups = [footer.row_group(index).column(column) for index in range(footer.num_row_groups)]
+    size = sum(group.total_uncompressed_size for group in groups)
+    _check_total(path, size)
+
+
+def _check_unfolded(path: Path, column: pa.ChunkedArray) -> None:
+    """Raise TextError if the documents together are larger than a text may be."""
+    size = 0
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            size += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+        else:
+            size += chunk.nbytes
+    _check_total(path, size)
+
+
+def _check_total(path: Path, size: int) -> None:
+    if size > MAX_TEXT_BYTES:
+        raise TextError(f"{path}: {size} bytes unpacked, at most {MAX_TEXT_BYTES} are read; cut a part of it")
 
 
 def _read_dataset(name: str) -> list[str]:

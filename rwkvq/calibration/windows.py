@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rwkvq.calibration.texts import read_texts, text_hash
+from rwkvq.documents import check_regular
 from rwkvq.errors import TextError, TokenizerError
 from rwkvq.files import atomic_path, sha256_of_bytes, sha256_of_file
 from rwkvq.models.tokenizer import load_tokenizer
@@ -20,6 +21,12 @@ from rwkvq.settings import WindowsSettings
 FORMAT = "rwkvq-windows/1"
 SEPARATOR = 0
 """The token between two documents and before each window; the released models were trained with it so."""
+
+MAX_TOKENS = 1 << 25
+"""Of all windows of a file together: what is read is held in memory as a whole."""
+MAX_WINDOWS = 1 << 20
+_COLUMNS = {"offset": pa.int64(), "held_out": pa.bool_(), "sha256": pa.dictionary(pa.int32(), pa.string())}
+"""What is read beside the ids; `sha256` in the form that it is read in."""
 
 Ids = NDArray[np.int32]
 
@@ -139,14 +146,37 @@ def write_windows(windows: Windows, path: Path) -> None:
         pq.write_table(table, temporary, compression="none", write_page_checksum=True)
 
 
+def _read_table(path: Path) -> pa.Table:
+    """The rows, once the footer says that they have the columns and at most the size that a file of windows has."""
+    with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["sha256"]) as file:
+        schema, footer = file.schema_arrow, file.metadata
+        length = schema.field("ids").type.list_size
+        found = {name: schema.field(name).type for name in _COLUMNS} | {"ids": schema.field("ids").type}
+        if found != _COLUMNS | {"ids": pa.list_(pa.field("element", pa.int32()), length)}:
+            raise ValueError("its columns are not those of windows")
+        if footer.num_rows > MAX_WINDOWS or not 0 < footer.num_rows * length <= MAX_TOKENS:
+            raise ValueError(f"{footer.num_rows} windows of {length} tokens, at most {MAX_TOKENS} tokens are read")
+        groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+        if any(group.column(0).compression != "UNCOMPRESSED" for group in groups):
+            raise ValueError("it is compressed")
+        table = file.read([*found], use_threads=False)
+    if any(column.null_count for column in table.columns):
+        raise ValueError("values are missing")
+    # one long text, repeated by reference, would fill the memory as a list
+    if any(len(digest) != 64 for chunk in table.column("sha256").chunks for digest in chunk.dictionary.to_pylist()):
+        raise ValueError("sha256 holds other text")
+    return table
+
+
 def read_windows(path: Path) -> Windows:
     """Read what write_windows wrote and check every window against its hash. Raises TextError."""
     remedy = "run the windows stage again"
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
-        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        check_regular(path)
+        metadata = {key.decode(): value.decode() for key, value in (pq.read_schema(path).metadata or {}).items()}
         if metadata.get("format") != FORMAT:
             raise TextError(f"{path}: format {metadata.get('format')}, expected {FORMAT}; {remedy}")
+        table = _read_table(path)
         ids = table.column("ids").combine_chunks()
         windows = Windows(
             ids=ids.flatten().to_numpy().reshape(len(ids), ids.type.list_size).copy(),

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from rwkvq.checkpoint.names import expected_shapes, unused_tensors
+from rwkvq.checkpoint.pages import private_copy
 from rwkvq.checkpoint.spec import ModelSpec, spec_of
 from rwkvq.checkpoint.storage import Storage, open_storage
 from rwkvq.checkpoint.variants import refusal
 from rwkvq.errors import CheckpointError
-from rwkvq.files import sha256_of_file
+from rwkvq.hashes import file_hash
 
 MAX_PROBLEMS = 8
 """Problems spelled out in one message; the rest is counted."""
@@ -75,11 +76,11 @@ class Checkpoint:
         return dtype
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as stored, contiguous; a view of the mapped file where possible, so not to be written to.
+        """One tensor as stored, contiguous, in memory of its own: no page of the file stays in memory.
 
         Raises CheckpointError naming the tensor if a value is NaN or infinite.
         """
-        tensor = self._storage.tensor(self._stored(name)).contiguous()
+        tensor = private_copy(self._storage.tensor(self._stored(name)))
         if not is_finite(tensor):
             raise CheckpointError(f"{self.path}: {name} holds NaN or infinite values; use an undamaged checkpoint")
         return tensor
@@ -87,7 +88,7 @@ class Checkpoint:
     def identity(self) -> str:
         """Hex SHA-256 of the file, or for shards of their names and hashes; read once, then remembered."""
         if self._identity is None:
-            hashes = [(file.name, sha256_of_file(file)) for file in self._storage.files]
+            hashes = [(file.name, file_hash(file)) for file in self._storage.files]
             listing = "".join(f"{digest}  {name}\n" for name, digest in hashes)
             single = len(hashes) == 1 and self.path.is_file()
             self._identity = hashes[0][1] if single else hashlib.sha256(listing.encode()).hexdigest()

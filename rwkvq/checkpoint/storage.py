@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rwkvq.checkpoint.archives import NO_DIRECTORY, read_pickle
+from rwkvq.checkpoint.headers import open_safetensors
+from rwkvq.checkpoint.pickles import MAX_PICKLE_BYTES, ForeignCodeError, check_legacy, check_pickle
+from rwkvq.documents import check_member, read_json
 from rwkvq.errors import CheckpointError
 
 PICKLE_SUFFIXES = (".pth", ".pt")
-MAX_INDEX_BYTES = 64 << 20
-"""An index lists at most some thousand names; anything larger is refused unread."""
+MAX_NAME = 200
+"""Characters of a tensor's name; those of RWKV have up to forty."""
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_DAMAGE = (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, IndexError, MemoryError)
+"""What torch raises for files that are not what they seem."""
 _SHARD = re.compile(r"^(.*-)(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -44,17 +48,30 @@ class Storage(Protocol):
 
 def open_storage(path: Path) -> Storage:
     """Open a model file or folder. Raises CheckpointError: not there, not readable, damaged, or of unknown kind."""
+    if not path.name.isprintable():
+        raise CheckpointError(f"{path}: the name holds characters that cannot be shown; rename it")
     try:
-        if path.is_dir():
-            return SafetensorsStorage(*_shards_of(path))
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file or folder")
-        if path.suffix in PICKLE_SUFFIXES:
-            return PickleStorage(path)
-        if path.suffix == ".safetensors":
-            return SafetensorsStorage([path], None)
+        storage = _storage_of(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    for name in storage.names():
+        # a weight's name becomes the name of a file in the run folder
+        if len(name) > MAX_NAME or not name.isprintable() or set(name) & set("/\\") or ".." in name:
+            raise CheckpointError(f"{path}: a tensor is named {name[:MAX_NAME]!r}; rename it or use another file")
+    return storage
+
+
+def _storage_of(path: Path) -> Storage:
+    if path.is_dir():
+        return SafetensorsStorage(*_shards_of(path))
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; check the path")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file; name a model file or a folder of .safetensors")
+    if path.suffix in PICKLE_SUFFIXES:
+        return PickleStorage(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsStorage([path], None)
     raise CheckpointError(f"{path}: unknown kind of file, expected .pth, .pt, .safetensors or a folder of .safetensors")
 
 
@@ -85,31 +102,36 @@ class PickleStorage:
 
 def _load_pickle(path: Path) -> dict[str, Any]:
     """The dictionary in a .pth; no code in it is ever run. Raises CheckpointError."""
-    with path.open("rb") as file:
-        starts_as_zip = file.read(2) == b"PK"
-    is_zip = zipfile.is_zipfile(path)
-    if starts_as_zip and not is_zip:
-        raise CheckpointError(f"{path}: truncated or damaged (the zip directory at its end is missing); copy it again")
+    is_zip = _check_unread(path)
     try:
         with warnings.catch_warnings():
             # a foreign pickle also draws a warning; the refusal below says all
             warnings.simplefilter("ignore", UserWarning)
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_pickle_refusal(str(error))}") from error
-    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, IndexError) as error:
+    except (*_DAMAGE, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); copy it again") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected a dictionary of tensors by name")
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected tensors by name; save the state_dict")
     return values
 
 
-def _pickle_refusal(message: str) -> str:
-    """torch explains itself in paragraphs; keep what it found."""
-    if match := re.search(r"GLOBAL (\S+)", message):
-        found = match.group(1)
-        return f"the pickle wants to do more than load tensors ({found}); refused, nothing was run; use a .safetensors"
-    return "truncated or damaged (not a pickle of plain tensors; nothing was run); copy it again or use a .safetensors"
+def _check_unread(path: Path) -> bool:
+    """True for a zip file, False for the legacy format; raise CheckpointError for what must not be loaded."""
+    with path.open("rb") as file:
+        start = file.read(MAX_PICKLE_BYTES)
+    is_zip = start.startswith(b"PK")
+    try:
+        if is_zip:
+            check_pickle(read_pickle(path))
+        else:
+            check_legacy(start, path.stat().st_size)
+    except ForeignCodeError as error:
+        found = f"the pickle wants to do more than load tensors ({error})"
+        raise CheckpointError(f"{path}: {found}; refused, nothing was run; use a .safetensors") from error
+    except ValueError as error:
+        advice = "copy it again" if str(error) == NO_DIRECTORY else "copy it again or use a .safetensors"
+        raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); {advice}") from error
+    return is_zip
 
 
 def _plain(path: Path, name: str, value: Any) -> Tensor:
@@ -119,10 +141,12 @@ def _plain(path: Path, name: str, value: Any) -> Tensor:
             f"{path}: {name} is a {type(value).__name__}, expected a tensor; save the state_dict only"
         )
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise CheckpointError(f"{path}: {name} is sparse or has no data, expected a dense tensor")
+        raise CheckpointError(f"{path}: {name} is sparse or has no data; copy its values")
     # a stride of 0 lets a few bytes claim any size
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f"{path}: {name} claims {value.numel()} elements, more than the file holds")
+    if math.prod(value.shape) * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name} claims {math.prod(value.shape)} elements, more than the file holds; copy it again"
+        )
     return value.detach()
 
 
@@ -170,11 +194,11 @@ class SafetensorsStorage:
 
 def _open_safetensors(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); copy it again") from error
+        return open_safetensors(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: this shard is missing; copy it beside the others") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); copy it again") from error
 
 
 def _shards_of(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -183,12 +207,17 @@ def _shards_of(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if len(indices) > 1:
         raise CheckpointError(f"{folder}: {len(indices)} index files, expected one; remove the others")
     if indices:
+        _check_member(folder, indices[0])
         index = _read_index(indices[0])
-        return [folder / name for name in sorted(set(index.values()))], index
+        paths = [folder / name for name in sorted(set(index.values()))]
+        for path in paths:
+            _check_member(folder, path)
+        return paths, index
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder}: no .safetensors files; name the model file itself if it is a .pth")
     for path in paths:
+        _check_member(folder, path)
         if match := _SHARD.match(path.name):
             for number in range(1, int(match.group(3)) + 1):
                 shard = folder / f"{match.group(1)}{number:05d}-of-{match.group(3)}.safetensors"
@@ -197,14 +226,23 @@ def _shards_of(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     return paths, None
 
 
+def _check_member(folder: Path, path: Path) -> None:
+    """Raise CheckpointError unless `path` is a file of the folder, or a link that stays in it or in its cache."""
+    try:
+        check_member(folder, path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: this shard is missing; copy it beside the others") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; copy the file itself into the folder") from error
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """File name by tensor name; only plain names of files in the same folder. Raises CheckpointError."""
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_INDEX_BYTES} bytes, which no index is; copy it again")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not an index (no JSON object with a weight_map); copy it again") from error
+        weight_map = read_json(path)["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = _first_line(error) if isinstance(error, ValueError) else "no JSON object with a weight_map"
+        raise CheckpointError(f"{path}: not an index ({reason}); copy it again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is no mapping of tensors to files, or is empty; copy it again")
     for name, file in weight_map.items():

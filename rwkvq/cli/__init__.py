@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from rwkvq.cli import inspection, line, outputs
+from rwkvq.cli import family, inspection, line, outputs
 from rwkvq.errors import RwkvqError
 
 app = typer.Typer(
@@ -23,14 +24,21 @@ app = typer.Typer(
 line.register(app)
 inspection.register(app)
 outputs.register(app)
+family.register(app)
 
 log = logging.getLogger(__name__)
 
-ERROR, INTERRUPTED = 1, 130
+ERROR = 1
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a polite kill, the end of the terminal."""
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or a polite kill: not an Exception, so that nothing on the way takes it for a failure."""
+    """One of INTERRUPTIONS, `number`: not an Exception, so that nothing on the way takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
 
 
 @app.callback()
@@ -42,13 +50,15 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 an error of one line, 2 wrong usage, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 an error of one line, 2 wrong usage, 128 + signal interrupted."""
     sys.exit(run_app(app, arguments))
 
 
 def run_app(command: typer.Typer, arguments: list[str] | None = None) -> int:
     """Run a typer app on `arguments` (default: sys.argv) and return the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTIONS:
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue  # nohup
         signal.signal(number, _interrupt)
     try:
         command(args=arguments)
@@ -61,11 +71,12 @@ def run_app(command: typer.Typer, arguments: list[str] | None = None) -> int:
         log.debug("the system refused", exc_info=True)
         print(f"error: {_refusal(error)}", file=sys.stderr)
         return ERROR
-    except Interrupted:
-        for number in (signal.SIGINT, signal.SIGTERM):
+    except Interrupted as interruption:
+        for number in INTERRUPTIONS:
             signal.signal(number, signal.SIG_IGN)  # the end is near; a second Ctrl-C must not spoil it
-        print("interrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+        with suppress(OSError):  # the terminal may be gone
+            print("interrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
+        return 128 + interruption.number
     return 0
 
 
@@ -76,4 +87,4 @@ def _refusal(error: OSError) -> str:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted
+    raise Interrupted(number)

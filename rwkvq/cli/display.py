@@ -24,10 +24,10 @@ def print_json(value: Any) -> None:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table whose first column is left-aligned and whose others are right-aligned."""
+    """A table of right-aligned columns, but for the first and for sentences ("why"), which are left-aligned."""
     result = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, name in enumerate(header):
-        result.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        result.add_column(name, justify="left" if index == 0 or name == "why" else "right", overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result

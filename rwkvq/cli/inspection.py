@@ -12,6 +12,8 @@ from rwkvq.cli.display import console, print_json, stage_bars, table
 
 if TYPE_CHECKING:
     from rwkvq.artifact.reader import Artifact
+    from rwkvq.artifact.verify import VerifyReport
+    from rwkvq.deep_verify import DeepReport
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -93,20 +95,77 @@ def _artifact_facts(artifact: Artifact) -> dict[str, Any]:
 
 def verify(
     path: Annotated[Path, typer.Argument(help="An artifact folder.")],
+    deep: Annotated[
+        Path | None, typer.Option(help="Float checkpoint: prove provenance too, and quantize one tensor again.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Calibration text of --deep [default: the path in the artifact].")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Run folder whose activations --deep uses [default: computes them].")
+    ] = None,
+    shared: Annotated[Path | None, typer.Option(help="The same for a folder that runs of one model share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the tensor of --deep [default: another each time].")] = None,
+    tensor: Annotated[str | None, typer.Option(help="Quantize this tensor again instead of a random one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prove that an artifact is whole: checksums, structure, every tensor decodes, stored bits as stated."""
+    given = {"--calibration": calibration, "--work": work, "--shared": shared, "--seed": seed, "--tensor": tensor}
+    unused = [name for name, value in given.items() if value is not None and deep is None]
+    if unused:
+        raise typer.BadParameter(f"{', '.join(unused)}: only with --deep MODEL")
+    if work is not None and shared is not None:
+        raise typer.BadParameter("give --work or --shared, not both")
+    from rwkvq.artifact.reader import open_artifact
     from rwkvq.artifact.verify import verify as verify_artifact
+    from rwkvq.deep_verify import Evidence, deep_verify
 
-    report = verify_artifact(path)
+    proof = None
+    with stage_bars() as bars:
+        report = verify_artifact(path, bars("decode"))
+        if deep is not None:
+            folder = work or shared
+            evidence = Evidence(deep, calibration, folder and folder / "activations", tensor, seed)
+            proof = deep_verify(open_artifact(path, checksums=False), evidence, bars)
     if as_json:
-        print_json(asdict(report) | {"path": str(report.path)})
+        print_json(asdict(report) | {"path": str(report.path)} | ({"deep": proof.to_json()} if proof else {}))
         return
+    _show_report(report)
+    if proof is not None:
+        _show_proof(proof)
+
+
+def _show_report(report: VerifyReport) -> None:
     console.print(f"[green]✓[/] {len(report.files)} files have the listed checksums")
     console.print(f"[green]✓[/] {report.tensors} tensors, {report.weights:,} weights decode to finite values")
     console.print(f"[green]✓[/] {report.stored_bits:,} stored bits, as the plan states")
     if report.unlisted:
         console.print(f"[yellow]![/] files that are not listed: {', '.join(report.unlisted)}")
+
+
+def _show_proof(proof: DeepReport) -> None:
+    console.print(f"[green]✓[/] {proof.kept} kept weights have the checkpoint's bytes")
+    if proof.tensor is None:
+        console.print("[green]✓[/] no weight is quantized, so none had to be quantized again")
+    else:
+        chosen = "named" if proof.seed is None else f"chosen by --seed {proof.seed}"
+        console.print(
+            f"[green]✓[/] {proof.tensor} ({chosen}) quantized again by {proof.method}, activations "
+            f"{proof.activations}: {proof.parts} parts, {proof.bytes:,} bytes, all equal",
+            highlight=False,
+        )
+    rows = [
+        (check.what, (check.recorded or "none")[:16], (check.found or "none")[:16], "yes" if check.is_same else "NO")
+        for check in proof.checks
+    ]
+    console.print()
+    console.print(table("Provenance", ("made from", "recorded", "here", "same"), rows))
+    changed = [check.what for check in proof.checks if not check.is_same]
+    if changed:
+        console.print(
+            f"[yellow]![/] {', '.join(changed)}: not as recorded; other weights than those compared may come out with "
+            "other bytes here"
+        )
 
 
 def compare(

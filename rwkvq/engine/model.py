@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
 from rwkvq.checkpoint.spec import ModelSpec
 from rwkvq.errors import EvaluationError, TokenizerError
 from rwkvq.models import BlockState, embed, final_norm, load_block, run_block
+from rwkvq.models.layers import Weights
 from rwkvq.models.tokenizer import Tokenizer, check_fits, load_tokenizer
+from rwkvq.threads import map_in_order
 
 
 def is_artifact(path: Path) -> bool:
@@ -46,12 +49,19 @@ def _tokenizer_inside(model: Path) -> Path:
     raise TokenizerError(f"{model}: found no tokenizer in it; name one with --tokenizer FILE")
 
 
+EMBEDDING = "emb.weight"
+HEAD = "head.weight"
+_HEAD_ROWS = 8192
+"""Rows of a head in its stored type that are cast at once."""
+
+
 class Engine:
     """Runs the model of `source` on the CPU.
 
-    Weights are decoded to `dtype` (float32 or float64). With `resident` the decoded blocks are kept; without, one
-    block is in memory at a time and decoded again for every batch, which is how a model larger than memory runs.
-    The embedding stays in its stored type, because only the rows of the current tokens are ever cast.
+    Weights are decoded to `dtype` (float32 or float64). With `resident` the decoded blocks and the head are kept;
+    without, one block is in memory at a time, which is how a model larger than memory runs, and the head is kept in
+    its stored type from the first logits until the next tokens. The embedding stays in its stored type, because only
+    the rows of the current tokens are ever cast.
     """
 
     def __init__(self, source: WeightSource, *, dtype: torch.dtype = torch.float32, resident: bool = True) -> None:
@@ -60,10 +70,11 @@ class Engine:
         self.dtype = dtype
         self.resident = resident
         self._blocks: dict[int, dict[str, Tensor]] = {}
+        self._outer: dict[str, Tensor] = {}
         self._lock = threading.Lock()
-        self._embedding = source.tensor("emb.weight")
-        self._head = source.tensor("head.weight").to(dtype)
         self._norm = tuple(source.tensor(f"ln_out.{part}").reshape(-1).to(dtype) for part in ("weight", "bias"))
+        if resident:
+            self._outer = {EMBEDDING: source.tensor(EMBEDDING), HEAD: source.tensor(HEAD).to(dtype)}
 
     @property
     def spec(self) -> ModelSpec:
@@ -82,7 +93,8 @@ class Engine:
         EvaluationError for an id outside the vocabulary.
         """
         self._check(ids)
-        x, v_first, after = self._embedded(ids), None, []
+        self._let_go()
+        x, v_first, after = self._embedded(ids, self._tensor(EMBEDDING)), None, []
         for index in range(self.spec.layers):
             before = None if state is None else state[index]
             x, block_state, v_first = run_block(self.spec, index, self._block(index), x, state=before, v_first=v_first)
@@ -90,9 +102,40 @@ class Engine:
         return final_norm(x, *self._norm), after
 
     @torch.no_grad()
+    def hidden_of(self, batches: Sequence[Tensor], workers: int = 1) -> list[Tensor]:
+        """Return hidden(ids) for each of several batches of ids, with every block loaded only once.
+
+        The hidden states of all batches are in memory together; `workers` batches run at once, each with torch's number
+        of threads. Raises EvaluationError for an id outside the vocabulary.
+        """
+        for ids in batches:
+            self._check(ids)
+        self._let_go()
+        embedding = self._tensor(EMBEDDING)
+        states: list[tuple[Tensor, Tensor | None]] = [(self._embedded(ids, embedding), None) for ids in batches]
+        del embedding
+        for index in range(self.spec.layers):
+            weights = self._block(index)
+
+            def step(at: int, index: int = index, weights: Weights = weights) -> None:
+                x, v_first = states[at]
+                x, _, v_first = run_block(self.spec, index, weights, x, v_first=v_first)
+                states[at] = (x, v_first)
+
+            for _ in map_in_order(step, range(len(states)), workers):
+                pass
+        return [final_norm(x, *self._norm) for x, _ in states]
+
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab] of hidden [..., width], in the engine's dtype."""
-        return functional.linear(hidden, self._head)
+        if self.resident:
+            return functional.linear(hidden, self._outer[HEAD])
+        with self._lock:
+            if HEAD not in self._outer:
+                self._outer[HEAD] = self._tensor(HEAD)
+        parts = torch.split(self._outer[HEAD], _HEAD_ROWS)
+        return torch.cat([functional.linear(hidden, part.to(self.dtype)) for part in parts], -1)
 
     def initial_state(self, batch: int) -> list[BlockState]:
         """Return the zero state of `batch` sequences, one BlockState a block."""
@@ -111,9 +154,17 @@ class Engine:
                 self._blocks[index] = load_block(self.source, index, self.dtype)
             return self._blocks[index]
 
-    def _embedded(self, ids: Tensor) -> Tensor:
-        first = self._block(0)
-        return embed(self._embedding, first["ln0.weight"], first["ln0.bias"], ids)
+    def _tensor(self, name: str) -> Tensor:
+        return self._outer[name] if name in self._outer else self.source.tensor(name)
+
+    def _let_go(self) -> None:
+        """Free the head of an engine that keeps nothing."""
+        if not self.resident:
+            self._outer.clear()
+
+    def _embedded(self, ids: Tensor, embedding: Tensor) -> Tensor:
+        weight, bias = (self.source.tensor(f"blocks.0.ln0.{part}").to(self.dtype) for part in ("weight", "bias"))
+        return embed(embedding, weight, bias, ids)
 
     def _check(self, ids: Tensor) -> None:
         low, high = int(ids.min()), int(ids.max())

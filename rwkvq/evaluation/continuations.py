@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rwkvq.engine.model import Engine
-from rwkvq.evaluation.batches import map_batches
+from rwkvq.evaluation.batches import map_hidden
 from rwkvq.evaluation.logprobs import score
 from rwkvq.files import Progress, no_progress
-from rwkvq.models import BlockState
+from rwkvq.models import BlockState, fitting_batch
 
 _HEAD_SLICE = 256
 """Tokens whose logits exist at once."""
@@ -44,21 +44,32 @@ def score_continuations(
     """
     # longest first: what is left for the last thread is short
     order = sorted(range(len(items)), key=lambda i: -len(items[i].context) - len(items[i].target))
+    longest = max((len(item.context) + len(item.target) for item in items), default=1)
+    batch = fitting_batch(engine.spec, longest, batch)
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     work = [[items[i] for i in group] for group in groups]
     results: dict[int, ContinuationScore] = {}
-    for group, scores in zip(groups, map_batches(partial(_score_batch, engine), work, [engine]), strict=True):
+    for group, scores in zip(groups, map_hidden(partial(_score_batch, engine), work, _inputs, [engine]), strict=True):
         results.update(zip(group, scores, strict=True))
         on_batch("examples", len(results), len(items))
     return [results[i] for i in range(len(items))]
 
 
-def _score_batch(engine: Engine, items: Sequence[Continuation]) -> list[ContinuationScore]:
-    rows = [item.context + item.target[:-1] for item in items]  # nothing is predicted from the last token
+def _rows(items: Sequence[Continuation]) -> list[tuple[int, ...]]:
+    return [item.context + item.target[:-1] for item in items]  # nothing is predicted from the last token
+
+
+def _inputs(items: Sequence[Continuation]) -> Tensor:
+    rows = _rows(items)
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
-    hidden = engine.hidden(ids)
+    return ids
+
+
+def _score_batch(engine: Engine, items: Sequence[Continuation], states: list[Tensor]) -> list[ContinuationScore]:
+    """Scores of a batch of items whose hidden states [batch, time, width] are states[0]."""
+    rows, hidden = _rows(items), states[0]
     ends = [len(row) for row in rows]
     wanted = torch.cat([h[end - len(item.target) : end] for h, end, item in zip(hidden, ends, items, strict=True)])
     logprob, hits = _score_tokens(engine, wanted, torch.tensor([token for item in items for token in item.target]))

@@ -14,10 +14,11 @@ from torch import Tensor
 from rwkvq.calibration.windows import model_inputs
 from rwkvq.engine.model import Engine
 from rwkvq.errors import EvaluationError
-from rwkvq.evaluation.batches import map_batches
+from rwkvq.evaluation.batches import map_hidden
 from rwkvq.evaluation.logprobs import TokenScores, score
 from rwkvq.evaluation.perplexity import estimate, ids_sha256, perplexity
 from rwkvq.files import Progress, no_progress
+from rwkvq.models import fitting_batch
 
 FLOAT = "float"
 """Name of the reference in the results."""
@@ -79,7 +80,7 @@ def compare_on_text(
 
     Each window starts from a zero state; the model reads [0, w_1 .. w_{L-1}] and predicts [w_1 .. w_L]. With no others
     this is plain perplexity. `batch` windows run at once on each of torch's threads; results do not depend on it
-    beyond float32 rounding, and not at all on the number of threads if the engines are resident. Raises
+    beyond float32 rounding, and not at all on the number of threads or on what the engines keep. Raises
     EvaluationError if vocabularies differ, an id is outside the vocabulary, or a model's logits are not finite.
     """
     engines = {FLOAT: reference, **others}
@@ -87,8 +88,10 @@ def compare_on_text(
     _check_vocabularies(engines)
     scores: list[list[TokenScores]] = []
     models, done = list(engines.values()), 0
+    batch = fitting_batch(reference.spec, ids.shape[1], batch)
     batches = torch.split(ids, batch)
-    for part, found in zip(batches, map_batches(partial(_score_windows, models), batches, models), strict=True):
+    found_in_order = map_hidden(partial(_score_windows, models), batches, _inputs, models)
+    for part, found in zip(batches, found_in_order, strict=True):
         scores += found
         done += len(part)
         on_batch("windows", done, len(ids))
@@ -102,10 +105,16 @@ def compare_on_text(
 _Columns = tuple[Tensor, Tensor, Tensor | None]  # logprob, best, kl: [windows, length]
 
 
-def _score_windows(engines: list[Engine], ids: Tensor) -> list[list[TokenScores]]:
-    """Scores of a batch of windows, slice by slice of tokens; in each slice one entry an engine."""
-    inputs = torch.from_numpy(model_inputs(ids.numpy()))
-    hidden = [engine.hidden(inputs).flatten(0, 1) for engine in engines]  # [batch * length, width]
+def _inputs(ids: Tensor) -> Tensor:
+    return torch.from_numpy(model_inputs(ids.numpy()))
+
+
+def _score_windows(engines: list[Engine], ids: Tensor, states: list[Tensor]) -> list[list[TokenScores]]:
+    """Scores of a batch of windows, slice by slice of tokens; in each slice one entry an engine.
+
+    states: of every engine, [batch, length, width].
+    """
+    hidden = [state.flatten(0, 1) for state in states]
     targets = ids.flatten()
     slices = [slice(i, i + _HEAD_SLICE) for i in range(0, len(targets), _HEAD_SLICE)]
     return [score([engine.logits(h[s]) for engine, h in zip(engines, hidden, strict=True)], targets[s]) for s in slices]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rwkvq.documents import check_regular
 from rwkvq.engine.model import Engine
 from rwkvq.errors import EvaluationError
 from rwkvq.evaluation.continuations import Continuation, score_continuations
@@ -62,10 +63,11 @@ def read_examples(path: Path, limit: int | None = None) -> list[str]:
     last word, and for a file without examples.
     """
     try:
+        check_regular(path)
         with path.open(encoding="utf-8") as file:
             lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
             texts = [_text_of(line, f"{path} line {number}") for number, line in islice(lines, limit)]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: cannot be read as UTF-8 text ({error}); expected JSONL") from error
     if not texts:
         raise EvaluationError(f'{path}: found no examples, expected one {{"text": ...}} a line')
@@ -75,7 +77,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[str]:
 def _text_of(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f'{where}: is not JSON, expected {{"text": ...}}') from error
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):

@@ -18,11 +18,12 @@ from rwkvq.calibration.disjoint import Overlap, shared_shingles
 from rwkvq.calibration.texts import read_texts
 from rwkvq.calibration.windows import read_windows
 from rwkvq.checkpoint.names import extract, weights_of
-from rwkvq.checkpoint.reader import open_checkpoint
+from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
 from rwkvq.engine.model import Engine, open_model, open_tokenizer
 from rwkvq.errors import EvaluationError
 from rwkvq.evaluation.divergence import FLOAT, compare_on_text
 from rwkvq.evaluation.lambada import lambada, read_examples
+from rwkvq.evaluation.memory import engines_for
 from rwkvq.evaluation.perplexity import text_windows
 from rwkvq.files import Progress, atomic_path, no_progress, write_json
 from rwkvq.models.tokenizer import Tokenizer, load_tokenizer
@@ -79,11 +80,11 @@ def evaluate_run(run: Run, progress: Progress = no_progress) -> None:
 
 
 def _engines(run: Run) -> dict[str, Engine]:
-    engines = {FLOAT: Engine(run.checkpoint)}
+    sources: dict[str, WeightSource] = {FLOAT: run.checkpoint}
     for name in run.settings.evaluate.baselines:
         if name != Plan.read(run.plan).policy:
-            engines[name] = Engine(open_artifact(write_baseline(run, name)))
-    return engines | {QUANTIZED: Engine(open_artifact(run.artifact))}
+            sources[name] = open_artifact(write_baseline(run, name))
+    return engines_for(sources | {QUANTIZED: open_artifact(run.artifact)}, run.settings.evaluate.memory_gb)
 
 
 def write_baseline(run: Run, policy: str) -> Path:
@@ -153,7 +154,9 @@ def evaluate_model(
 
     Raises EvaluationError, TextError, TokenizerError, ArtifactError, CheckpointError.
     """
-    engine = Engine(open_model(model))
+    sources = {QUANTIZED: open_model(model)} | ({} if reference is None else {FLOAT: open_checkpoint(reference)})
+    engines = engines_for(sources)
+    engine = engines[QUANTIZED]
     loaded = open_tokenizer(model, tokenizer, engine.spec)
     result: dict[str, dict[str, Any]] = {}
     if text is not None:
@@ -161,8 +164,8 @@ def evaluate_model(
         if reference is None:
             result["text"] = compare_on_text(engine, {}, ids, on_batch=progress)[FLOAT].to_json()
         else:
-            against = Engine(open_checkpoint(reference))
-            result["text"] = compare_on_text(against, {QUANTIZED: engine}, ids, on_batch=progress)[QUANTIZED].to_json()
+            compared = compare_on_text(engines[FLOAT], {QUANTIZED: engine}, ids, on_batch=progress)
+            result["text"] = compared[QUANTIZED].to_json()
     if lambada_file is not None:
         examples = read_examples(lambada_file, limit)
         result["lambada"] = lambada(engine, examples, loaded, batch=64, on_batch=progress).to_json()

@@ -100,7 +100,7 @@ def decode(codes: ScalarCodes) -> Tensor:
     layout = codes.layout
     grouped = codes.codes.reshape(layout.rows, layout.groups, layout.group_size).float()
     zero = 2.0 ** (layout.bits - 1) if codes.zero is None else codes.zero.float()[..., None]
-    return ((grouped - zero) * codes.scale.float()[..., None]).reshape(layout.rows, layout.columns)
+    return grouped.sub_(zero).mul_(codes.scale.float()[..., None]).reshape(layout.rows, layout.columns)
 
 
 def pack(codes: ScalarCodes) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ from rwkvq.formats.parts import (
 FIELDS = ("rows", "columns", "dimension", "entries", "group_rows", "group_columns", "codebook_bits", "svd_rank")
 MAX_ENTRIES = 1 << (MAX_BITS - 1)
 """Codes fit int16."""
+_CHUNK = 1 << 22
+"""Weights decoded at once: their indices take several times the memory of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +167,19 @@ def codebooks(codes: VectorCodes) -> Tensor:
 def decode(codes: VectorCodes) -> Tensor:
     """Return the float32 weight [rows, columns] that the codes stand for."""
     layout = codes.layout
-    tables = codebooks(codes)
-    row_group = torch.arange(layout.rows) // layout.group_rows  # [rows]
+    flat = codebooks(codes).view(-1, layout.dimension)  # [groups * entries, d]
     stripe = (
         torch.arange(layout.columns // layout.dimension) * layout.dimension // layout.group_columns
     )  # [columns / d]
-    group = row_group[:, None] * layout.stripes + stripe
-    flat = tables.view(-1, layout.dimension)  # [groups * entries, d]
-    return flat[group * layout.entries + codes.codes.long()].view(layout.rows, layout.columns)
+    result = torch.empty(layout.rows, layout.columns)
+    rows = max(1, _CHUNK // layout.columns)
+    for start in range(0, layout.rows, rows):
+        stop = min(start + rows, layout.rows)
+        row_group = torch.arange(start, stop) // layout.group_rows
+        group = row_group[:, None] * layout.stripes + stripe
+        index = group.mul_(layout.entries).add_(codes.codes[start:stop])
+        result[start:stop] = flat[index].view(stop - start, layout.columns)
+    return result
 
 
 def pack(codes: VectorCodes) -> dict[str, Tensor]:

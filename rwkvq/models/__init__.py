@@ -5,27 +5,66 @@ A model is embed, then run_block for every block, then final_norm, then a produc
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
 from rwkvq.checkpoint.reader import WeightSource
-from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.checkpoint.spec import ModelSpec, Version
 from rwkvq.models import rwkv6, rwkv7
 from rwkvq.models.layers import BlockState, Observe, Weights, layer_norm, no_observe
 
-__all__ = ["BlockState", "Observe", "embed", "final_norm", "load_block", "observe_block", "run_block"]
+__all__ = [
+    "BlockState",
+    "Observe",
+    "batches_at_once",
+    "embed",
+    "final_norm",
+    "fitting_batch",
+    "load_block",
+    "observe_block",
+    "run_block",
+]
 
 
-def load_block(source: WeightSource, index: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+BATCHES_BYTES = 1280 << 20
+"""What all batches that run through a block at once may take beside its weights."""
+BATCH_BYTES = 256 << 20
+"""What one batch of several sequences may take."""
+_STATES: Mapping[Version, int] = {"x060": 24, "x070": 40}
+"""Tensors [tokens, width] that live at once while a batch runs through a block, at most (measured)."""
+
+
+def _batch_bytes(spec: ModelSpec, tokens: int) -> int:
+    return 4 * tokens * (_STATES[spec.version] * spec.width + 3 * spec.ffn)
+
+
+def fitting_batch(spec: ModelSpec, length: int, batch: int) -> int:
+    """How many sequences of `length` tokens run through a block together: `batch`, fewer if the model is wide.
+
+    It depends on nothing but the arguments, since sequences that run together share roundings.
+    """
+    return max(1, min(batch, BATCH_BYTES // _batch_bytes(spec, length)))
+
+
+def batches_at_once(spec: ModelSpec, tokens: int, workers: int) -> int:
+    """How many of `workers` may run a batch of `tokens` tokens each at once; this changes no result."""
+    return max(1, min(workers, BATCHES_BYTES // _batch_bytes(spec, tokens)))
+
+
+def load_block(
+    source: WeightSource, index: int, dtype: torch.dtype = torch.float32, *, without: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Every weight of one block by its name inside the block, e.g. att.receptance.weight, in `dtype`.
 
     Orientation as in the checkpoint; vectors stored as [1, 1, D] come as [D]. Block 0 also holds ln0.weight and
-    ln0.bias. Raises CheckpointError naming a tensor that holds NaN or infinite values.
+    ln0.bias. without: names that are left out. Raises CheckpointError naming a tensor with NaN or infinite values.
     """
     prefix = f"blocks.{index}."
     weights = {}
     for name in source.names():
-        if name.startswith(prefix):
+        if name.startswith(prefix) and name.removeprefix(prefix) not in without:
             tensor = source.tensor(name)
             is_vector = tensor.dim() == 3 and tensor.shape[:2] == (1, 1)
             weights[name.removeprefix(prefix)] = (tensor.reshape(-1) if is_vector else tensor).to(dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.documents import check_regular
 from rwkvq.errors import TokenizerError
 
 MAX_FILE_BYTES = 256 << 20
@@ -110,11 +111,14 @@ class WorldTokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json or a World vocabulary (.txt). Raises TokenizerError: not there, damaged, unknown kind."""
     try:
+        check_regular(path)
         size = path.stat().st_size
     except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read ({error.strerror})") from error
+        raise TokenizerError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}; name a tokenizer.json or a World vocabulary (.txt)") from error
     if size > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: {size} bytes, at most {MAX_FILE_BYTES} are read")
+        raise TokenizerError(f"{path}: {size} bytes, at most {MAX_FILE_BYTES} are read; copy it again")
     if path.suffix == ".json":
         return JsonTokenizer(path)
     if path.suffix == ".txt":

@@ -9,11 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 from rwkvq.checkpoint.names import expected_shapes, unused_tensors, weights_of
 from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.documents import read_json
 from rwkvq.errors import CheckpointError, PlanError
 from rwkvq.files import write_json
 from rwkvq.plan.bits import totals
@@ -23,9 +24,6 @@ from rwkvq.settings import Policy, Preset
 __all__ = ["FORMAT", "Difference", "Method", "Plan", "PlannedTensor", "ProxyValues", "diff"]
 
 FORMAT: Literal["rwkvq-plan/1"] = "rwkvq-plan/1"
-MAX_PLAN_BYTES = 1 << 26
-"""A plan of the largest RWKV takes about 2 MB; anything above this is refused unread."""
-
 _KEYS = ("format", "model_sha256", "spec", "policy", "preset", "seed", "bits", "decision", "thresholds", "tensors")
 _OPTIONAL_KEYS = ("dropped", "totals")
 _HEADER = ("model_sha256", "policy", "preset", "seed", "bits", "decision", "thresholds", "dropped")
@@ -108,14 +106,12 @@ class Plan:
     def read(cls, path: Path) -> Plan:
         """Read a plan.json. Raises PlanError naming the file for anything that is wrong with it."""
         try:
-            if path.stat().st_size > MAX_PLAN_BYTES:
-                raise PlanError(f"larger than {MAX_PLAN_BYTES} bytes, which no plan is")
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant))
+            return cls.from_json(read_json(path))
         except FileNotFoundError as error:
             raise PlanError(f"{path}: no such plan; run the stage `plan` first") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PlanError(f"{path}: cannot be read as JSON ({reason})") from error
+            raise PlanError(f"{path}: cannot be read as JSON ({reason}); make a new plan") from error
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
 
@@ -132,10 +128,6 @@ class Plan:
                     f"{tensor.name}: tensor_shape is {list(tensor.tensor_shape)}, but {source.path} holds "
                     f"{list(source.shape(tensor.tensor))}; make a new plan"
                 )
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise PlanError(f"holds the number {name}, expected finite numbers")
 
 
 def _check_header(values: Mapping[str, Any]) -> None:

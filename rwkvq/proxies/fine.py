@@ -13,10 +13,11 @@ def fine(gaps: Gaps, *, order: int = 4, signed: bool = False) -> float:
     """
     if gaps.is_degenerate:
         return 0.0
-    u = gaps.relative() - 1.0
-    total, power = 0.0, u
+    # in place: there may be as many gaps as weights
+    u = gaps.relative().sub_(1.0)
+    total, power = 0.0, u.clone()
     for k in range(2, order + 1):
-        power = power * u
+        power.mul_(u)
         # every zero gap has u = -1
         moment = (float(power.sum()) + gaps.zeros * (-1) ** k) / gaps.count
         term = (-1) ** k * moment if signed else abs(moment)

@@ -68,6 +68,17 @@ def _count_bits(flat: Tensor) -> Tensor:
     return counts
 
 
+def _count_sorted(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending distinct values, float64, and their counts, by a sort that allocates nothing; NaN come last, each by
+    itself."""
+    ordered = flat.clone()
+    ordered.numpy().sort()
+    edges = (ordered[1:] != ordered[:-1]).nonzero().flatten()
+    values = ordered[torch.cat([edges.new_zeros(1), edges + 1])].double()
+    counts = edges.diff(prepend=edges.new_full((1,), -1), append=edges.new_full((1,), len(ordered) - 1))
+    return values, counts
+
+
 def _merged(values: Tensor, counts: Tensor) -> Spectrum:
     """Join equal neighbours of ascending `values`, +0 and -0 included."""
     distinct, inverse = torch.unique_consecutive(values, return_inverse=True)
@@ -88,8 +99,7 @@ def spectrum(weight: Tensor) -> Spectrum:
         values = present.to(torch.int32).to(torch.int16).view(flat.dtype).double()
         counts = counts[present]
     else:
-        values, counts = torch.unique_consecutive(flat.sort().values, return_counts=True)
-        values = values.double()
+        values, counts = _count_sorted(flat)
     finite = values.isfinite()
     if not bool(finite.all()):
         bad = int(counts[~finite].sum())
@@ -97,8 +107,12 @@ def spectrum(weight: Tensor) -> Spectrum:
             f"weight of shape {tuple(weight.shape)}: {bad} values are NaN or infinite; expected finite numbers, "
             "get an undamaged checkpoint"
         )
-    values, order = values.sort()
-    return _merged(values, counts[order])
+    if not bool((values[1:] >= values[:-1]).all()):
+        values, order = values.sort()
+        counts = counts[order]
+    if not bool((values[1:] == values[:-1]).any()):
+        return Spectrum(values, counts)
+    return _merged(values, counts)
 
 
 def _unique(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ def max_over_rms(distribution: Spectrum) -> float:
     if largest == 0.0:
         return 0.0
     # relative to the largest, so that squares neither overflow nor vanish
-    mean_square = float(((values / largest).square() * distribution.counts).sum()) / distribution.numel
+    mean_square = float((values / largest).square_().mul_(distribution.counts).sum()) / distribution.numel
     return float(mean_square**-0.5)
 
 
@@ -25,7 +25,7 @@ def coefficient_of_variation(gaps: Gaps) -> float:
     """Standard deviation of G' over its mean."""
     if gaps.is_degenerate:
         return 0.0
-    total = float((gaps.relative() - 1.0).square().sum()) + gaps.zeros
+    total = float(gaps.relative().sub_(1.0).square_().sum()) + gaps.zeros
     return float((total / gaps.count) ** 0.5)
 
 
@@ -42,5 +42,5 @@ def mean_absolute_deviation(gaps: Gaps) -> float:
     """Mean of |G' - 1 / n|."""
     if gaps.is_degenerate:
         return 0.0
-    total = float((gaps.relative() - 1.0).abs().sum()) + gaps.zeros
+    total = float(gaps.relative().sub_(1.0).abs_().sum()) + gaps.zeros
     return total / gaps.count**2

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rwkvq.checkpoint.names import Weight, WeightClass, extract
 from rwkvq.checkpoint.reader import WeightSource
+from rwkvq.documents import check_regular
 from rwkvq.errors import CheckpointError, PlanError
 from rwkvq.files import atomic_path
 from rwkvq.proxies import others
@@ -26,6 +27,12 @@ from rwkvq.proxies.fine import fine
 from rwkvq.proxies.gaps import GAP_MODES, Gaps, gaps_of, spectrum
 from rwkvq.settings import GapMode, ProxiesSettings
 
+MAX_ROWS = 20_000
+"""One a weight that is measured; the largest RWKV has about two thousand."""
+MAX_TABLE_BYTES = 64 << 20
+MAX_TEXT = 200
+_TEXTS = ("name", "class", "dtype")
+_MAX_AXES = 3
 MEASURED_CLASSES: tuple[WeightClass, ...] = ("matrix", "lora", "elementwise")
 
 
@@ -183,12 +190,34 @@ def write(path: Path, rows: Sequence[Row], metadata: Mapping[str, str]) -> None:
 def read(path: Path) -> list[Row]:
     """Read the table. Raises PlanError if it is missing, damaged or has other columns."""
     try:
+        check_regular(path)
         # ParquetFile reads this one file; read_table would treat the path as a data set
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-    except (OSError, pa.ArrowException) as error:
+        if not pq.read_schema(path).equals(SCHEMA):
+            raise ValueError("its columns are not those of a table of proxies")
+        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=list(_TEXTS)) as file:
+            _check_footer(file.metadata)
+            table = file.read(use_threads=False)
+        table.validate(full=True)
+        # one long text, repeated by reference, would fill the memory as rows
+        texts = [
+            text for name in _TEXTS for chunk in table.column(name).chunks for text in chunk.dictionary.to_pylist()
+        ]
+        if any(len(text) > MAX_TEXT for text in texts):
+            raise ValueError("a text in it is too long")
+        rows = [_from_record(record) for record in table.to_pylist()]
+        if any(row.weight_class not in MEASURED_CLASSES or not row.shape for row in rows):
+            raise ValueError("a row is of no weight")
+        return rows
+    except (OSError, pa.ArrowException, ValueError, TypeError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(f"{path}: not a readable table of proxies ({reason}); run the stage `proxies` again") from error
-    if not table.schema.equals(SCHEMA):
-        raise PlanError(f"{path}: its columns are not those of a table of proxies; run the stage `proxies` again")
-    return [_from_record(record) for record in table.to_pylist()]
+
+
+def _check_footer(footer: pq.FileMetaData) -> None:
+    """Raise ValueError for a table that would be much larger in memory than any model's."""
+    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+    parts = [group.column(index) for group in groups for index in range(footer.num_columns)]
+    if footer.num_rows > MAX_ROWS or any(part.num_values > _MAX_AXES * MAX_ROWS for part in parts):
+        raise ValueError(f"{footer.num_rows} rows, at most {MAX_ROWS} are read")
+    if sum(part.total_uncompressed_size for part in parts) > MAX_TABLE_BYTES:
+        raise ValueError(f"its values take more than {MAX_TABLE_BYTES} bytes")

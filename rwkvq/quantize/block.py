@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rwkvq.calibration import activations, statistics
 from rwkvq.calibration.statistics import Weighting
+from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
 from rwkvq.checkpoint.writer import write_safetensors
@@ -28,6 +29,7 @@ from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, VectorLayout
 from rwkvq.models import load_block
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import elementwise, gptq, gptvq, kmeans, rtn
+from rwkvq.quantize.hessian import FLOAT64_COLUMNS, row_chunks
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -36,6 +38,7 @@ CODE = (
     "rwkvq.formats",
     "rwkvq.models",
     "rwkvq.calibration.sites",
+    "rwkvq.calibration.spill",
     "rwkvq.calibration.statistics",
     "rwkvq.calibration.activations",
     "rwkvq.calibration.cache",
@@ -103,14 +106,14 @@ def read_done(path: Path, key: str) -> TensorError | None:
     if not path.is_file():
         return None
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
             digest = _digest({name: file.get_tensor(name) for name in sorted(file.keys())})
-    except (safetensors.SafetensorError, OSError):
+        return TensorError(**json.loads(metadata["error"])) if metadata.get("digest") == digest else None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if metadata.get("key") != key or metadata.get("digest") != digest:
-        return None
-    return TensorError(**json.loads(metadata["error"]))
 
 
 def _digest(parts: Mapping[str, Tensor]) -> str:
@@ -184,14 +187,15 @@ def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor])
     collected = statistics.collect(
         source.spec,
         work.block,
-        load_block(source, work.block),
+        load_block(source, work.block, without=("ffn.value.weight",)),
         activations.read_block(Path(work.activations), work.block, model_sha256=source.identity()),
         [catalogue[entry.name] for entry in wanted],
         weighting=weighting,
         percentile=percentile,
+        scratch=work.folder,
     )
-    sites = {entry.name: catalogue[entry.name].site for entry in wanted if entry.method != "elementwise"}
-    return Inputs({name: collected.second_moments[str(site)] for name, site in sites.items()}, collected.importance)
+    sites = {entry.name: str(catalogue[entry.name].site) for entry in wanted if entry.method != "elementwise"}
+    return Inputs(collected.second_moments.renamed(sites), collected.importance)
 
 
 def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tuple[dict[str, Tensor], TensorError]:
@@ -203,8 +207,8 @@ def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tup
     importance = inputs.importance.get(entry.name)
     codes = _encode(weight, entry, second_moment, importance)
     form = FORMATS[entry.layout.format]
-    difference = form.decode(codes).reshape(weight.shape).double() - weight.double()
-    error = _error(difference, weight.double(), second_moment, importance)
+    error = _error(form.decode(codes).reshape(weight.shape), weight, second_moment, importance)
+    del second_moment  # packing a wide weight needs the room
     if not math.isfinite(error.weight_error):
         raise QuantizationError(
             f"{entry.name}: {entry.method} gave values that are not finite; keep this tensor in the plan"
@@ -231,16 +235,26 @@ def _encode(weight: Tensor, entry: PlannedTensor, second_moment: Tensor | None, 
     return gptvq.quantize(matrix, second_moment, layout, gptvq.GptvqOptions.from_json(options))
 
 
-def _error(difference: Tensor, weight: Tensor, second_moment: Tensor | None, importance: Tensor | None) -> TensorError:
-    relative = (difference.square().sum() / weight.square().sum().clamp_min(1e-30)).item()
-    if second_moment is not None:
-        moment = second_moment.double()
-        loss, scale = (torch.einsum("oi,ij,oj->", x, moment, x) for x in (difference, weight))
-    elif importance is not None:
-        loss, scale = (importance.double() @ x.square().flatten() for x in (difference, weight))
-    else:
-        return TensorError(relative, None)
-    return TensorError(relative, (loss / scale.clamp_min(1e-30)).item())
+def _error(decoded: Tensor, weight: Tensor, second_moment: Tensor | None, importance: Tensor | None) -> TensorError:
+    """Sums over blocks of rows, in float64; only products with a wide second moment are float32."""
+    chunks = row_chunks(weight) if weight.ndim == 2 else [slice(None)]
+    is_wide = second_moment is not None and len(second_moment) > FLOAT64_COLUMNS
+    moment = second_moment if second_moment is None or is_wide else second_moment.double()
+    squares, losses = [0.0, 0.0], [0.0, 0.0]
+    for rows in chunks:
+        whole = weight[rows].double()
+        for index, x in enumerate((decoded[rows].double() - whole, whole)):
+            squares[index] += x.square().sum().item()
+            if is_wide:
+                assert moment is not None
+                losses[index] += ((x.float() @ moment).double() * x).sum().item()
+            elif moment is not None:
+                losses[index] += torch.einsum("oi,ij,oj->", x, moment, x).item()
+            elif importance is not None:
+                losses[index] += (importance.double() @ x.square().flatten()).item()
+    relative = squares[0] / max(squares[1], 1e-30)
+    has_losses = moment is not None or importance is not None
+    return TensorError(relative, losses[0] / max(losses[1], 1e-30) if has_losses else None)
 
 
 def _write(path: Path, parts: Mapping[str, Tensor], key: str, error: TensorError) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rwkvq.errors import PlanError
 from rwkvq.formats.scalar import ScalarCodes, ScalarLayout
+from rwkvq.quantize.factor import set_upper, spans
 from rwkvq.quantize.grid import Grid, find_grid
-from rwkvq.quantize.hessian import check_statistics, inverse_factor
+from rwkvq.quantize.hessian import check_statistics, inverse_factor_of
 from rwkvq.quantize.options import read_options
 from rwkvq.quantize.rtn import check_shape
 from rwkvq.quantize.sweep import sweep_scalar
@@ -54,8 +55,9 @@ class GptqOptions:
 class Walk:
     """The state of one walk over the columns in processing order.
 
-    columns [in, out] is overwritten by feedback; feedback [in, in] is U with every row divided by its diagonal entry;
-    steps [in, out] is filled in with whole steps above the zero point, level - zero.
+    columns [in, out] is overwritten by feedback; feedback [in, in] is U with every row divided by its diagonal
+    entry, read above its diagonal only; steps [in, out] is filled in with whole steps above the zero point,
+    level - zero.
     """
 
     columns: Tensor
@@ -91,20 +93,25 @@ def quantize(weight: Tensor, second_moment: Tensor, layout: ScalarLayout, option
     check_shape(weight, layout)
     check_statistics(weight, second_moment)
     weight, second_moment = weight.float(), second_moment.float()
-    order = torch.arange(layout.columns)
-    if options.act_order:
-        order = torch.argsort(second_moment.diagonal(), descending=True, stable=True)
-    upper = inverse_factor(second_moment[order][:, order], options.damping)
-    importance = torch.empty(layout.columns)
-    importance[order] = upper.diagonal().square().reciprocal()
-    columns = weight.t().clone(memory_format=torch.contiguous_format)  # [in, out]
-    if options.static_groups:
-        codes = _with_static_grids(columns, upper, order, importance, layout, options)
-    else:
-        codes = _with_current_grids(columns, upper, importance, layout, options)
+    order = torch.argsort(second_moment.diagonal(), descending=True, stable=True) if options.act_order else None
+    with inverse_factor_of(second_moment, options.damping, order) as upper:
+        codes = _walked(weight, upper, order, layout, options)
     for _ in range(options.sweeps):
         codes = sweep_scalar(codes, weight, second_moment, options.damping)
     return codes
+
+
+def _walked(
+    weight: Tensor, upper: Tensor, order: Tensor | None, layout: ScalarLayout, options: GptqOptions
+) -> ScalarCodes:
+    """Return the codes of one walk over all columns with U of the columns in `order`; U is overwritten."""
+    importance = upper.diagonal().square().reciprocal()
+    columns = weight.t().clone(memory_format=torch.contiguous_format)  # [in, out]
+    if not options.static_groups:
+        return _with_current_grids(columns, upper, importance, layout, options)
+    order = torch.arange(layout.columns) if order is None else order
+    importance = torch.empty_like(importance).index_copy_(0, order, importance)
+    return _with_static_grids(columns, upper, order, importance, layout, options)
 
 
 def _grid(columns: Tensor, importance: Tensor, group: int, layout: ScalarLayout, options: GptqOptions) -> Grid:
@@ -151,14 +158,20 @@ def _with_static_grids(
 
 
 def unit_rows(upper: Tensor) -> Tensor:
-    """Return U with every row divided by its diagonal entry."""
-    return upper / upper.diagonal()[:, None]
+    """Divide every row of U by its diagonal entry, in place and at and above the diagonal only; return U."""
+    diagonal = upper.diagonal().clone()[:, None]
+    for here in spans(len(upper)):
+        upper[here, here.stop :] /= diagonal[here]
+        set_upper(upper[here, here], upper[here, here] / diagonal[here])
+    return upper
 
 
 def _codes(steps: Tensor, grids: list[Grid], layout: ScalarLayout) -> ScalarCodes:
     """Return the encoded weight of steps [in, out] above the zero points of one grid a group of columns."""
     zero = torch.stack([grid.zero for grid in grids], 1)  # [out, groups]
     scale = torch.stack([grid.scale for grid in grids], 1)
-    levels = steps.t().reshape(layout.rows, layout.groups, layout.group_size) + zero[..., None]
-    codes = levels.to(torch.uint8).reshape(layout.rows, layout.columns).contiguous()
+    codes = torch.empty(layout.rows, layout.columns, dtype=torch.uint8)
+    for group, grid in enumerate(grids):
+        span = slice(group * layout.group_size, (group + 1) * layout.group_size)
+        codes[:, span] = (steps[span] + grid.zero).t()
     return ScalarCodes(layout, codes, scale, None if layout.symmetric else zero.to(torch.uint8))

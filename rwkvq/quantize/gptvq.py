@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwkvq.formats.vector import VectorCodes, VectorLayout
 from rwkvq.quantize.codebooks import Stored, Vectors, factors, fit, store, store_factors
-from rwkvq.quantize.hessian import check_statistics, inverse_factor
+from rwkvq.quantize.hessian import check_statistics, inverse_factor_of
 from rwkvq.quantize.kmeans import check_shape
 from rwkvq.quantize.options import read_options
 from rwkvq.quantize.refine import refined
@@ -22,6 +22,9 @@ from rwkvq.quantize.sweep import nearest_entries, sweep_vector
 
 BLOCK = 128
 """Columns, at most, between two updates of all later columns."""
+
+_STEPS = 128
+"""Steps whose feedback is computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Geometry:
     """What U says about each step of d columns S.
 
     metric [in / d, d, d]: the loss that an error E [d] of the step adds, E metric E^T, is ||E U_SS^-1||^2;
-    feedback [in, in]: rows S hold U_SS^-1 U_S,: so that later columns lose E U_SS^-1 U_S,rest.
+    feedback [in, in]: rows S hold U_SS^-1 U_S,: to the right of S, so that later columns lose E U_SS^-1 U_S,rest.
     """
 
     metric: Tensor
@@ -62,16 +65,25 @@ class Geometry:
 
     @classmethod
     def of(cls, upper: Tensor, dimension: int, *, exact: bool) -> Geometry:
-        """Return the geometry of U [in, in]; without `exact` the metric is its diagonal approximation 1 / U_jj^2."""
+        """Return the geometry of U [in, in]; without `exact` the metric is its diagonal approximation 1 / U_jj^2.
+
+        The feedback is written into U, to the right of each step; nothing else of U is changed.
+        """
         steps = len(upper) // dimension
         index = torch.arange(steps)
-        inside = upper.view(steps, dimension, steps, dimension)[index, :, index]  # [steps, d, d]
+        diagonal = upper.diagonal().double()
+        inside = upper.view(steps, dimension, steps, dimension)[index, :, index].triu()  # [steps, d, d]
         inverse = torch.linalg.inv(inside.double())
-        feedback = torch.bmm(inverse, upper.double().view(steps, dimension, -1)).float().view(len(upper), -1)
+        for start in range(0, steps, _STEPS):
+            here = inverse[start : start + _STEPS]
+            rows = upper[start * dimension : (start + len(here)) * dimension, start * dimension :]
+            pushed = torch.bmm(here, rows.double().view(len(here), dimension, -1)).view_as(rows)
+            step = torch.arange(rows.shape[1]) // dimension
+            rows.copy_(torch.where(step > step[: len(rows), None], pushed.float(), rows))
         metric = inverse @ inverse.transpose(1, 2)
         if not exact:
-            metric = torch.diag_embed(upper.diagonal().double().square().reciprocal().view(steps, dimension))
-        return cls(metric.float(), feedback)
+            metric = torch.diag_embed(diagonal.square().reciprocal().view(steps, dimension))
+        return cls(metric.float(), upper)
 
 
 def _stripe_vectors(columns: Tensor, layout: VectorLayout, importance: Tensor) -> Vectors:
@@ -89,7 +101,7 @@ def _round_stripe(columns: Tensor, start: int, tables: Tensor, layout: VectorLay
     columns [in, padded rows]; tables [row_groups, K, d].
     """
     dimension, end = layout.dimension, start + layout.group_columns
-    codes = torch.empty(layout.group_columns // dimension, columns.shape[1], dtype=torch.int64)
+    codes = torch.empty(layout.group_columns // dimension, columns.shape[1], dtype=layout.code_dtype)
     block = BLOCK // dimension * dimension
     for first in range(start, end, block):
         last = min(first + block, end)
@@ -108,7 +120,7 @@ def _round_stripe(columns: Tensor, start: int, tables: Tensor, layout: VectorLay
 def _walk(
     weight: Tensor, layout: VectorLayout, geometry: Geometry, tables_of: Callable[[int, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return (codes int64 [rows, columns / d], tables [groups, K, d]) after all stripes from left to right.
+    """Return (codes [rows, columns / d], tables [groups, K, d]) after all stripes from left to right.
 
     tables_of(stripe, columns [group_columns, padded rows]) gives the stripe's tables [row_groups, K, d].
     """
@@ -123,16 +135,18 @@ def _walk(
     return torch.cat(codes)[:, : layout.rows].t().contiguous(), stacked
 
 
-def _first_walk(
-    weight: Tensor, layout: VectorLayout, geometry: Geometry, upper: Tensor, iterations: int
-) -> VectorCodes:
-    """Return the codes of a walk that fits each stripe's codebooks to weights that all earlier feedback has reached."""
+def _first_walk(weight: Tensor, layout: VectorLayout, upper: Tensor, options: GptvqOptions) -> VectorCodes:
+    """Return the codes of a walk that fits each stripe's codebooks to weights that all earlier feedback has reached.
+
+    U is overwritten.
+    """
     importance = upper.diagonal().square().reciprocal()
     importance = importance / importance.mean()
+    geometry = Geometry.of(upper, layout.dimension, exact=options.exact_assignment)
 
     def fitted(stripe: int, columns: Tensor) -> Tensor:
         span = slice(stripe * layout.group_columns, (stripe + 1) * layout.group_columns)
-        tables = fit(_stripe_vectors(columns, layout, importance[span]), layout.entries, iterations)
+        tables = fit(_stripe_vectors(columns, layout, importance[span]), layout.entries, options.iterations)
         if layout.svd_rank is not None:
             return tables.sort(1).values  # alike entries must share a rank in the common basis
         stored = store(tables, layout)
@@ -156,9 +170,8 @@ def quantize(weight: Tensor, second_moment: Tensor, layout: VectorLayout, option
     check_shape(weight, layout)
     check_statistics(weight, second_moment)
     weight, second_moment = weight.float(), second_moment.float()
-    upper = inverse_factor(second_moment, options.damping)
-    geometry = Geometry.of(upper, layout.dimension, exact=options.exact_assignment)
-    result = _first_walk(weight, layout, geometry, upper, options.iterations)
+    with inverse_factor_of(second_moment, options.damping) as upper:
+        result = _first_walk(weight, layout, upper, options)
     if options.m_step:
         result = refined(result, weight, second_moment)
     for _ in range(options.sweeps):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from rwkvq.checkpoint.reader import is_finite
 from rwkvq.errors import QuantizationError, ShapeError
 from rwkvq.formats.vector import VectorCodes, VectorLayout, codebooks
 from rwkvq.quantize.codebooks import CHUNK, Vectors, factors, fit, nearest, store, store_factors
+
+WEIGHTS = 1 << 22
+"""Weights clustered at once."""
 
 
 def check_shape(weight: Tensor, layout: VectorLayout) -> None:
@@ -44,11 +51,9 @@ def quantize(weight: Tensor, layout: VectorLayout, *, iterations: int) -> Vector
     Raises ShapeError if the layout is for another shape, QuantizationError for NaN or Inf.
     """
     check_shape(weight, layout)
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise QuantizationError("weight: found NaN or Inf, expected finite values; check the checkpoint")
-    values = grouped(weight.float(), layout)
-    vectors = Vectors(values, grouped(torch.ones(weight.shape), layout))
-    tables = fit(vectors, layout.entries, iterations)
+    tables = torch.cat([fit(part, layout.entries, iterations) for _, part in _parts(weight, layout)])
     if layout.svd_rank is None:
         stored = store(tables, layout)
     else:
@@ -56,7 +61,23 @@ def quantize(weight: Tensor, layout: VectorLayout, *, iterations: int) -> Vector
     empty = torch.zeros(layout.rows, layout.columns // layout.dimension, dtype=layout.code_dtype)
     result = VectorCodes(layout, empty, stored.codebook, stored.scale, stored.basis)
     tables = codebooks(result).view(layout.groups, layout.entries, layout.dimension)
-    share = max(1, CHUNK // values.shape[1])
+    codes, start = [], 0
+    for part_layout, part in _parts(weight, layout):
+        codes.append(_assigned(part, tables[start : start + part_layout.groups], part_layout))
+        start += part_layout.groups
+    return VectorCodes(layout, torch.cat(codes), stored.codebook, stored.scale, stored.basis)
+
+
+def _parts(weight: Tensor, layout: VectorLayout) -> Iterator[tuple[VectorLayout, Vectors]]:
+    """Yield the vectors of whole groups of rows, not many at once, each with the layout of these rows."""
+    rows = max(1, WEIGHTS // (layout.group_rows * layout.columns)) * layout.group_rows
+    for some in torch.split(weight, rows):
+        part = replace(layout, rows=len(some))
+        yield part, Vectors(grouped(some.float(), part), grouped(torch.ones(some.shape), part))
+
+
+def _assigned(vectors: Vectors, tables: Tensor, layout: VectorLayout) -> Tensor:
+    """Return the codes [rows, columns / d] of the nearest entries of tables [groups, K, d]."""
+    share = max(1, CHUNK // vectors.values.shape[1])
     pieces = zip(torch.split(vectors.features(), share), torch.split(tables, share), strict=True)
-    codes = torch.cat([nearest(piece, table)[0] for piece, table in pieces])
-    return VectorCodes(layout, ungrouped(codes, layout), stored.codebook, stored.scale, stored.basis)
+    return ungrouped(torch.cat([nearest(piece, table)[0] for piece, table in pieces]), layout)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkvq.formats.vector import VectorCodes, VectorLayout, codebooks, decode
 from rwkvq.quantize.codebooks import Stored, store, store_factors
-from rwkvq.quantize.hessian import loss
+from rwkvq.quantize.hessian import FLOAT64_COLUMNS, loss, row_chunks
 
 STEPS = 25
 """Conjugate gradient steps of one update."""
@@ -24,20 +24,41 @@ CONVERGED = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """weight [out, in] float32, second_moment [in, in] float32 undamped, entries int64 [out * in / d]: the row of the
-    stacked tables [groups * K, d] that each d weights use."""
+    """weight [out, in] float32, second_moment [in, in] float32 undamped, entries int32 [out, in / d]: the row of the
+    stacked tables [groups * K, d] that each d weights use. H is second_moment * scale, with a mean diagonal of 1."""
 
     weight: Tensor
     second_moment: Tensor
+    scale: float
     entries: Tensor
 
-    def weights_of(self, tables: Tensor) -> Tensor:
-        """Return Q [out, in] for tables [groups * K, d]."""
-        return tables.index_select(0, self.entries).view_as(self.weight)
+    def weights_of(self, tables: Tensor, rows: slice) -> Tensor:
+        """Return the rows of Q [out, in] for tables [groups * K, d]."""
+        return tables.index_select(0, self.entries[rows].view(-1)).view(-1, self.weight.shape[1])
 
-    def gathered(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """Return, for every entry, the sum of gradient [out, in] over the weights that use it; shaped as `like`."""
-        return torch.zeros_like(like).index_add_(0, self.entries, gradient.view(-1, like.shape[1]))
+    def gathered(self, values: Callable[[slice], Tensor], like: Tensor) -> Tensor:
+        """Return, for every entry, the sum of values(rows) [rows, in] over the weights that use it, as `like`."""
+        result = torch.zeros_like(like)
+        for rows in row_chunks(self.weight):
+            result.index_add_(0, self.entries[rows].view(-1), values(rows).view(-1, like.shape[1]))
+        return result
+
+    def pulled(self, tables: Tensor) -> Tensor:
+        """Return, for every entry, the sum of Q H over the weights that use it."""
+        return self.gathered(lambda rows: self._times_moment(self.weights_of(tables, rows)), tables)
+
+    def residual(self, tables: Tensor) -> Tensor:
+        """Return, for every entry, the sum of (W - Q) H over the weights that use it."""
+        return self.gathered(lambda rows: self._times_moment(self.weight[rows] - self.weights_of(tables, rows)), tables)
+
+    def diagonal(self, tables: Tensor) -> Tensor:
+        """Return, for every entry, the sum of diag H over the weights that use it."""
+        values = self.second_moment.diagonal() * self.scale
+        return self.gathered(lambda rows: values.expand_as(self.weight[rows]).contiguous(), tables)
+
+    def _times_moment(self, values: Tensor) -> Tensor:
+        product = values @ self.second_moment
+        return product if self.scale == 1.0 else product.mul_(self.scale)
 
 
 def solve(
@@ -70,42 +91,31 @@ def solve(
 
 def best_tables(problem: Problem, tables: Tensor) -> Tensor:
     """Return the tables [groups * K, d] of least loss, found from the given ones."""
-    moment = problem.second_moment
-
-    def apply(change: Tensor) -> Tensor:
-        return problem.gathered(problem.weights_of(change) @ moment, change)
-
-    residual = problem.gathered((problem.weight - problem.weights_of(tables)) @ moment, tables)
-    diagonal = problem.gathered(moment.diagonal().expand_as(problem.weight).contiguous(), tables)
-    return solve(tables, residual, apply, diagonal, STEPS)
+    return solve(tables, problem.residual(tables), problem.pulled, problem.diagonal(tables), STEPS)
 
 
 def best_factors(problem: Problem, coefficients: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Return coefficients [groups, r] and then basis [r, K], each of least loss with the other fixed, in two rounds."""
-    moment = problem.second_moment
-    flat = coefficients.new_zeros(coefficients.shape[0] * basis.shape[1], 1)
-    diagonal = problem.gathered(moment.diagonal().expand_as(problem.weight).contiguous(), flat)
-    diagonal = diagonal.view(-1, basis.shape[1])  # [groups, K]
+    shape = (coefficients.shape[0], basis.shape[1])  # [groups, K]
+    diagonal = problem.diagonal(coefficients.new_zeros(shape[0] * shape[1], 1)).view(shape)
 
-    def pulled(error: Tensor) -> Tensor:
-        return problem.gathered(error @ moment, flat).view_as(diagonal)
+    def pulled(coefficients: Tensor, basis: Tensor) -> Tensor:
+        return problem.pulled((coefficients @ basis).view(-1, 1)).view(shape)
 
-    def weights_of(coefficients: Tensor, basis: Tensor) -> Tensor:
-        return problem.weights_of((coefficients @ basis).view(-1, 1))
+    def residual(coefficients: Tensor, basis: Tensor) -> Tensor:
+        return problem.residual((coefficients @ basis).view(-1, 1)).view(shape)
 
     def along_coefficients(start: Tensor, fixed: Tensor) -> Tensor:
         def apply(change: Tensor) -> Tensor:
-            return pulled(weights_of(change, fixed)) @ fixed.t()
+            return pulled(change, fixed) @ fixed.t()
 
-        residual = pulled(problem.weight - weights_of(start, fixed)) @ fixed.t()
-        return solve(start, residual, apply, diagonal @ fixed.square().t(), STEPS // 2)
+        return solve(start, residual(start, fixed) @ fixed.t(), apply, diagonal @ fixed.square().t(), STEPS // 2)
 
     def along_basis(start: Tensor, fixed: Tensor) -> Tensor:
         def apply(change: Tensor) -> Tensor:
-            return fixed.t() @ pulled(weights_of(fixed, change))
+            return fixed.t() @ pulled(fixed, change)
 
-        residual = fixed.t() @ pulled(problem.weight - weights_of(fixed, start))
-        return solve(start, residual, apply, fixed.square().t() @ diagonal, STEPS // 2)
+        return solve(start, fixed.t() @ residual(fixed, start), apply, fixed.square().t() @ diagonal, STEPS // 2)
 
     for _ in range(2):
         coefficients = along_coefficients(coefficients, basis)
@@ -117,8 +127,11 @@ def _problem(codes: VectorCodes, weight: Tensor, second_moment: Tensor) -> Probl
     layout = codes.layout
     stripe = torch.arange(layout.columns // layout.dimension) * layout.dimension // layout.group_columns
     group = torch.arange(layout.rows)[:, None] // layout.group_rows * layout.stripes + stripe
-    entries = (group * layout.entries + codes.codes.long()).view(-1)
-    return Problem(weight, second_moment / second_moment.diagonal().mean().clamp_min(1e-30), entries)
+    entries = group.int().mul_(layout.entries).add_(codes.codes)
+    mean = second_moment.diagonal().mean().clamp_min(1e-30)
+    if len(second_moment) > FLOAT64_COLUMNS:  # no room for another matrix
+        return Problem(weight, second_moment, float(1 / mean), entries)
+    return Problem(weight, second_moment / mean, 1.0, entries)
 
 
 def _stored(codes: VectorCodes, problem: Problem) -> Stored:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rwkvq.formats import scalar, vector
 from rwkvq.formats.scalar import ScalarCodes
 from rwkvq.formats.vector import VectorCodes, codebooks
-from rwkvq.quantize.hessian import damped, loss
+from rwkvq.quantize.hessian import loss, with_damping
 
 BLOCK = 128
 """Columns, at most, between two updates of the pull on all later columns."""
@@ -30,9 +30,8 @@ class _Descent:
     pull: Tensor
 
     @classmethod
-    def start(cls, weight: Tensor, quantized: Tensor, second_moment: Tensor, damping: float) -> _Descent:
-        """Return the state before the first column; weight and quantized [out, in]."""
-        hessian = damped(second_moment, damping).float()
+    def start(cls, weight: Tensor, quantized: Tensor, hessian: Tensor) -> _Descent:
+        """Return the state before the first column; weight and quantized [out, in], hessian damped."""
         pull = hessian @ (weight - quantized).t()
         return cls(hessian, quantized.t().clone(memory_format=torch.contiguous_format), pull)
 
@@ -58,23 +57,31 @@ def sweep_scalar(codes: ScalarCodes, weight: Tensor, second_moment: Tensor, damp
 
     weight [out, in] float32, the original; second_moment [in, in].
     """
-    layout, old = codes.layout, scalar.decode(codes)
-    state = _Descent.start(weight, old, second_moment, damping)
-    diagonal = state.hessian.diagonal().tolist()
+    with with_damping(second_moment, damping) as hessian:
+        levels = _descend_scalar(codes, weight, hessian)
+    swept = ScalarCodes(codes.layout, levels.t().contiguous(), codes.scale, codes.zero)
+    fell = loss(weight, scalar.decode(swept), second_moment) < loss(weight, scalar.decode(codes), second_moment)
+    return swept if fell else codes
+
+
+def _descend_scalar(codes: ScalarCodes, weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return the levels uint8 [in, out] after one sweep."""
+    layout = codes.layout
+    state = _Descent.start(weight, scalar.decode(codes), hessian)
+    diagonal = hessian.diagonal().tolist()
     scales = codes.scale.float().t().contiguous()  # [groups, out]
     zeros = torch.full_like(scales, 2.0 ** (layout.bits - 1)) if codes.zero is None else codes.zero.float().t()
-    levels = torch.empty_like(state.quantized)
+    levels = torch.empty(layout.columns, layout.rows, dtype=torch.uint8)
     for first, last in state.blocks(1):
         before = state.quantized[first:last].clone()
         for column in range(first, last):
             scale, zero = scales[column // layout.group_size], zeros[column // layout.group_size]
             target = state.quantized[column] + state.pull[column] / diagonal[column]
-            torch.div(target, scale, out=levels[column]).round_().add_(zero).clamp_(0, 2**layout.bits - 1)
-            state.replace(slice(column, column + 1), ((levels[column] - zero) * scale)[None], last)
+            level = target.div_(scale).round_().add_(zero).clamp_(0, 2**layout.bits - 1)
+            levels[column] = level
+            state.replace(slice(column, column + 1), ((level - zero) * scale)[None], last)
         state.flush(first, last, before)
-    swept = ScalarCodes(layout, levels.t().to(torch.uint8).contiguous(), codes.scale, codes.zero)
-    fell = loss(weight, scalar.decode(swept), second_moment) < loss(weight, old, second_moment)
-    return swept if fell else codes
+    return levels
 
 
 def sweep_vector(codes: VectorCodes, weight: Tensor, second_moment: Tensor, damping: float) -> VectorCodes:
@@ -82,26 +89,39 @@ def sweep_vector(codes: VectorCodes, weight: Tensor, second_moment: Tensor, damp
 
     weight [out, in] float32, the original; second_moment [in, in].
     """
-    layout, old = codes.layout, vector.decode(codes)
-    padded = (layout.row_groups * layout.group_rows, layout.columns)
-    whole = [torch.zeros(padded).index_copy_(0, torch.arange(layout.rows), part) for part in (weight, old)]
-    state = _Descent.start(whole[0], whole[1], second_moment, damping)
+    with with_damping(second_moment, damping) as hessian:
+        chosen = _descend_vector(codes, weight, hessian)
+    found = chosen[:, : codes.layout.rows].t().contiguous()
+    swept = VectorCodes(codes.layout, found, codes.codebook, codes.scale, codes.basis)
+    fell = loss(weight, vector.decode(swept), second_moment) < loss(weight, vector.decode(codes), second_moment)
+    return swept if fell else codes
+
+
+def _descend_vector(codes: VectorCodes, weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return the codes [in / d, padded rows] after one sweep."""
+    layout = codes.layout
+    rows = layout.row_groups * layout.group_rows
+    state = _Descent.start(_padded(weight, rows), _padded(vector.decode(codes), rows), hessian)
     tables = codebooks(codes)
-    chosen = torch.empty(layout.columns // layout.dimension, padded[0], dtype=torch.int64)
+    chosen = torch.empty(layout.columns // layout.dimension, rows, dtype=layout.code_dtype)
     for first, last in state.blocks(layout.dimension):
         before = state.quantized[first:last].clone()
         for start in range(first, last, layout.dimension):
             columns = slice(start, start + layout.dimension)
-            metric = state.hessian[columns, columns]
+            metric = hessian[columns, columns]
             target = state.quantized[columns] + torch.linalg.solve(metric, state.pull[columns])
             step, values = nearest_entries(target, tables[:, start // layout.group_columns], metric)
             chosen[start // layout.dimension] = step
             state.replace(columns, values, last)
         state.flush(first, last, before)
-    found = chosen[:, : layout.rows].t().to(layout.code_dtype).contiguous()
-    swept = VectorCodes(layout, found, codes.codebook, codes.scale, codes.basis)
-    fell = loss(weight, vector.decode(swept), second_moment) < loss(weight, old, second_moment)
-    return swept if fell else codes
+    return chosen
+
+
+def _padded(weight: Tensor, rows: int) -> Tensor:
+    """Return weight [out, in] with rows of zeros below, or itself if it has as many rows."""
+    if len(weight) == rows:
+        return weight
+    return torch.cat([weight, weight.new_zeros(rows - len(weight), weight.shape[1])])
 
 
 def nearest_entries(target: Tensor, tables: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:

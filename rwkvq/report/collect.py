@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rwkvq.artifact.reader import open_artifact
 from rwkvq.calibration import windows
-from rwkvq.errors import EvaluationError
+from rwkvq.documents import read_json
+from rwkvq.errors import EvaluationError, PlanError
 from rwkvq.evaluation.line import QUANTIZED
 from rwkvq.files import write_json, write_text
 from rwkvq.plan.bits import totals
@@ -70,9 +70,11 @@ def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportDat
 
 def _read_json(path: Path) -> Values:
     try:
-        values: Values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: missing or damaged; run the stage that writes it again") from error
+    if not isinstance(values, dict):
+        raise EvaluationError(f"{path}: damaged (no JSON object); run the stage that writes it again")
     return values
 
 
@@ -183,6 +185,8 @@ def _proxies(run: Run, plan: Plan) -> ProxyPlane | None:
     mode: GapMode = next((entry.proxies["gap_mode"] for entry in plan.tensors if entry.proxies), "quantile")
     rows = []
     for row in table.read(run.proxies):
+        if row.name not in decided:
+            raise PlanError(f"{run.proxies}: has a row for {row.name}, which the plan has not; run stage proxies again")
         values, entry = row.measures.of_mode(mode), decided[row.name]
         is_matrix = entry.weight_class in ("matrix", "lora")
         arm = ARMS.get(entry.layout.format) if is_matrix else None
@@ -214,7 +218,7 @@ def _tensor_row(entry: PlannedTensor, error: Values | None) -> TensorRow:
 
 
 def write_report(report: ReportData, run: Run) -> None:
-    """Write report.html, report.md, summary.json, metrics.json and errors.csv of a run."""
+    """Write report.html, report.md, summary.json, metrics.json, errors.csv and quality.csv of a run."""
     write_text(run.report, html.render(report))
     write_text(run.folder / "report.md", markdown.markdown(report))
     closing = tables.quality_table(report)
@@ -223,6 +227,7 @@ def write_report(report: ReportData, run: Run) -> None:
     )
     write_json(run.metrics, tables.metrics(report))
     write_text(run.folder / "errors.csv", _errors_csv(report))
+    write_text(run.folder / "quality.csv", _quality_csv(report))
 
 
 def _errors_csv(report: ReportData) -> str:
@@ -232,6 +237,18 @@ def _errors_csv(report: ReportData) -> str:
     for row in report.tensors:
         if row.relative_error is not None:
             writer.writerow((row.name, f"{row.bits:.4f}", f"{row.relative_error:.6g}"))
+    return text.getvalue()
+
+
+def _quality_csv(report: ReportData) -> str:
+    """One row a model whose divergence from the float model was measured: quality against size, for plots."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("model", "file_bytes", "file_bits", "body_bits", "matrix_bits", "kl", "kl_se"))
+    for row in report.quality:
+        if row.kl is not None:
+            sizes = (row.file_bytes, row.file_bits, row.body_bits, row.matrix_bits)
+            writer.writerow((row.name, *sizes, row.kl.value, row.kl.error))
     return text.getvalue()
 
 

@@ -28,7 +28,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Content security policy: even markup that slipped through could load and run nothing."""
 
 
-def _cell(text: str) -> str:
+def cell_markup(text: str) -> str:
     """Escaped text; a standard error is set apart so that it can be smaller."""
     value, sign, error = escape(text).partition(" ± ")
     return f'{value}<span class="se">± {error}</span>' if sign else value
@@ -45,25 +45,28 @@ def _row(table: Table, row: Sequence[str], cell: Callable[[str], str], before: s
     return first + "".join(f"<td{_kind(table, at)}>{cell(text)}" for at, text in enumerate(row) if at)
 
 
-def _head(table: Table) -> str:
+def head_markup(table: Table) -> str:
+    """The header row of a table."""
     cells = (f'<th scope="col"{_kind(table, at)}>{escape(name)}' for at, name in enumerate(table.columns))
     return f"<thead><tr>{''.join(cells)}</thead>"
 
 
-def table_markup(table: Table, kind: str = "", cell: Callable[[str], str] = _cell) -> str:
+def table_markup(table: Table, kind: str = "", cell: Callable[[str], str] = cell_markup) -> str:
     """A table that scrolls inside itself when the page is too narrow."""
     body = "".join(_row(table, row, cell) for row in table.rows)
-    return f'<div class="scroll"><table class="rows {kind}">{_head(table)}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table class="rows {kind}">{head_markup(table)}<tbody>{body}</tbody></table></div>'
 
 
-def _card(card: Headline) -> str:
+def card_markup(card: Headline) -> str:
+    """One headline: its title, its labelled figures, its remark."""
     figures = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in card.figures)
     # three figures are three ways to count the same thing, so none of them is the reference of another
     kind = ' class="all"' if len(card.figures) > 2 else ""
     return f'<div class="card"><h2>{escape(card.title)}</h2><dl{kind}>{figures}</dl><p>{escape(card.remark)}</p></div>'
 
 
-def _sentences(sentences: Sequence[str]) -> str:
+def notes_markup(sentences: Sequence[str]) -> str:
+    """Small print, one paragraph a sentence."""
     return "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in sentences)
 
 
@@ -75,7 +78,7 @@ def _quality(report: ReportData) -> str:
         for proof, sentence in zip(report.disjointness, disjointness_sentences(report), strict=True)
     )
     table = table_markup(quality_table(report), "quality")
-    return f"<section><h2>Quality</h2>{table}{_sentences(measured_on(report))}{proofs}</section>"
+    return f"<section><h2>Quality</h2>{table}{notes_markup(measured_on(report))}{proofs}</section>"
 
 
 def _bits(report: ReportData) -> str:
@@ -84,14 +87,14 @@ def _bits(report: ReportData) -> str:
         f'<tr><th scope="row">{escape(name)}<td class="r">{escape(bits)}<td class="what">{escape(what)}'
         for name, bits, what in counted.rows
     )
-    honest = f'<table class="rows counted">{_head(counted)}<tbody>{rows}</tbody></table>'
+    honest = f'<table class="rows counted">{head_markup(counted)}<tbody>{rows}</tbody></table>'
     shares = parts(report)
     table = parts_table(report)
     body = "".join(
-        _row(table, row, _cell, f'<i class="swatch part-{part.key}"></i>')
+        _row(table, row, cell_markup, f'<i class="swatch part-{part.key}"></i>')
         for part, row in zip(shares, table.rows, strict=True)
     )
-    where = f'<div class="scroll"><table class="rows parts">{_head(table)}<tbody>{body}</tbody></table></div>'
+    where = f'<div class="scroll"><table class="rows parts">{head_markup(table)}<tbody>{body}</tbody></table></div>'
     return (
         f"<section><h2>Honest bits per weight</h2>{honest}</section>"
         f"<section><h2>Where the bytes are</h2>{part_bar(shares)}{where}</section>"
@@ -144,7 +147,7 @@ def _tensors(rows: Sequence[TensorRow]) -> str:
         name = "outside the blocks" if block is None else f"block {block}"
         lines = "".join(_row(table, next(cells), escape) for _ in group)
         bodies.append(f'<tbody><tr class="group"><th colspan="{len(table.columns)}">{name}{lines}</tbody>')
-    return f'<div class="scroll"><table class="rows long">{_head(table)}{"".join(bodies)}</table></div>'
+    return f'<div class="scroll"><table class="rows long">{head_markup(table)}{"".join(bodies)}</table></div>'
 
 
 def _appendix(report: ReportData) -> str:
@@ -159,20 +162,27 @@ def _appendix(report: ReportData) -> str:
     )
 
 
-def render(report: ReportData) -> str:
-    """The page. Every text in it is escaped; it opens without a network and holds no time of making."""
-    cards = "".join(map(_card, headlines(report)))
-    sections = (_quality, _bits, _plane, _maps, _times, _appendix)
+def document(title: str, style: str, body: str) -> str:
+    """A whole page that opens without a network; `title` is text, `style` and `body` are markup."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f'<link rel="icon" href="data:,"><title>{escape(report.model)}: rwkvq report</title>\n'
-        f"<style>{style_sheet()}</style></head>\n"
-        f'<body><main><header><p class="kicker">rwkvq report</p><h1>{escape(report.model)}</h1>'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>\n'
+        f"<style>{style}</style></head>\n<body><main>{body}</main></body></html>\n"
+    )
+
+
+def render(report: ReportData) -> str:
+    """The page. Every text in it is escaped; it opens without a network and holds no time of making."""
+    cards = "".join(map(card_markup, headlines(report)))
+    sections = (_quality, _bits, _plane, _maps, _times, _appendix)
+    body = (
+        f'<header><p class="kicker">rwkvq report</p><h1>{escape(report.model)}</h1>'
         f'<p class="lead">{escape(model_sentence(report))}</p></header>'
         f'<section class="cards" aria-label="Headline figures">{cards}</section>\n'
         + "\n".join(section(report) for section in sections)
-        + "\n</main></body></html>\n"
+        + "\n"
     )
+    return document(f"{report.model}: rwkvq report", style_sheet(), body)

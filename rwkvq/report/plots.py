@@ -61,8 +61,8 @@ def axis_around(values: Iterable[float]) -> Axis:
 def tick_text(value: float) -> str:
     """`0.5`, `20`, `10k`, `3M`; powers of ten beyond that."""
     if value >= 1e9 or value < 1e-3:
-        mantissa, exponent = f"{value:.0e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     for unit, factor in (("M", 1e6), ("k", 1e3)):
         if value >= factor * 0.9999:
             return f"{value / factor:.4g}{unit}"
@@ -111,25 +111,31 @@ def _thresholds(plane: ProxyPlane, x: Axis, y: Axis) -> tuple[str, str]:
     return region, lines
 
 
-def _mark(row: ProxyRow, x: Axis, y: Axis) -> str:
+def _mark(row: ProxyRow, x: Axis, y: Axis, has_title: bool) -> str:
     arm = row.arm or "none"
     choice = row.arm.upper() if row.arm else "not decided"
     title = f"{row.name}: P_c {row.p_c:.4g}, P_f {row.p_f:.4g}, {count_text(row.numel)} weights, {choice}"
     kind = f"mark {arm}" + ("" if row.weight_class == "matrix" else " hollow")
-    return (
-        f'<use href="#mark-{arm}" x="{x.at(row.p_c):.2f}%" y="{100 - y.at(row.p_f):.2f}%" class="{kind}">'
-        f"<title>{escape(title)}</title></use>"
-    )
+    place = f'<use href="#mark-{arm}" x="{x.at(row.p_c):.2f}%" y="{100 - y.at(row.p_f):.2f}%" class="{kind}"'
+    return f"{place}><title>{escape(title)}</title></use>" if has_title else f"{place}/>"
 
 
 def _is_on_plane(row: ProxyRow) -> bool:
     return 0 < row.p_c < math.inf and 0 < row.p_f < math.inf
 
 
-def proxy_plane(plane: ProxyPlane) -> str:
+MARK_SHAPES = (
+    '<defs><circle id="mark-sq" r="4.5"/><path id="mark-vq" d="M0-5.2 4.9 3.6H-4.9z"/>'
+    '<circle id="mark-none" r="2.5"/></defs>'
+)
+"""The shapes that the marks of a plane refer to; a page needs them once."""
+
+
+def proxy_plane(plane: ProxyPlane, *, shapes: str = MARK_SHAPES, has_titles: bool = True) -> str:
     """The (P_c, P_f) plane on logarithmic axes: thresholds, and every weight with its arm.
 
     Weights with a proxy of 0 (all gaps equal, or a constant vector) have no place on a logarithmic axis: left out.
+    `shapes` is empty for all but the first plane of a page; without titles a plane of thousands of weights stays small.
     """
     shown = [row for row in plane.rows if _is_on_plane(row)]
     x = axis_around([row.p_c for row in shown] + [plane.tau_c or 0.0])
@@ -137,13 +143,11 @@ def proxy_plane(plane: ProxyPlane) -> str:
     region, lines = _thresholds(plane, x, y)
     # undecided weights lie below, the rare SQ marks on top
     order = {None: 0, "vq": 1, "sq": 2}
-    marks = "".join(_mark(row, x, y) for row in sorted(shown, key=lambda row: order[row.arm]))
+    marks = "".join(_mark(row, x, y, has_titles) for row in sorted(shown, key=lambda row: order[row.arm]))
     return (
         '<div class="plane"><svg role="img" aria-label="Coarse proxy against fine proxy of every weight"'
         ' width="100%" height="100%">'
-        '<defs><circle id="mark-sq" r="4.5"/><path id="mark-vq" d="M0-5.2 4.9 3.6H-4.9z"/>'
-        '<circle id="mark-none" r="2.5"/></defs>'
-        f"{region}{_frame(x, y)}{marks}{lines}"
+        f"{shapes}{region}{_frame(x, y)}{marks}{lines}"
         f'<text class="axis" x="0" y="-12" dx="-36">{_symbol("P", "f")}, fine</text>'
         f'<text class="axis" x="100%" y="100%" dy="38" text-anchor="end">{_symbol("P", "c")}, coarse</text></svg></div>'
     )
@@ -184,12 +188,13 @@ def heat_rows(tensors: Iterable[TensorRow]) -> list[str]:
     return sorted(names, key=lambda name: names[name])
 
 
-def _value(row: TensorRow, measure: Measure) -> float | None:
+def value_of(row: TensorRow, measure: Measure) -> float | None:
+    """Stored bits per weight or relative error; None if there is none or it is not finite."""
     value = row.bits if measure == "bits" else row.relative_error
     return value if value is not None and math.isfinite(value) else None
 
 
-def _shade(value: float, low: float, high: float, measure: Measure) -> int:
+def shade_of(value: float, low: float, high: float, measure: Measure) -> int:
     """Colour step 0 .. SHADES - 1; errors are compared by ratio, bits by difference."""
     if high <= low:
         return SHADES // 2
@@ -216,26 +221,36 @@ class _Look:
 
 
 def _cell(row: TensorRow | None, look: _Look) -> str:
-    value = None if row is None else _value(row, look.measure)
+    value = None if row is None else value_of(row, look.measure)
     if row is None or value is None:
         return '<td class="no">'
     text = f"{value:.2f}" if look.measure == "bits" else error_percent_text(value)
     edge = " edge" if look.has_edges and row.format == "scalar" else ""
-    kind = f"h{_shade(value, look.low, look.high, look.measure)}{edge}"
+    kind = f"h{shade_of(value, look.low, look.high, look.measure)}{edge}"
     return f'<td class="{kind}">{text}' if look.has_text else f'<td class="{kind}" title="{escape(row.name)} {text}">'
 
 
-def heat_map(report: ReportData, measure: Measure) -> str:
-    """A table, tensors down and blocks across, coloured by stored bits or by relative error (in percent)."""
+def heat_ends(tensors: Iterable[TensorRow], measure: Measure) -> tuple[float, float] | None:
+    """The smallest and largest figure of the quantized tensors in blocks; None if there is none."""
+    shown = (row for row in tensors if row.block is not None and row.method != "keep")
+    values = [value for row in shown if (value := value_of(row, measure)) is not None]
+    return (min(values), max(values)) if values else None
+
+
+def heat_map(report: ReportData, measure: Measure, ends: tuple[float, float] | None = None) -> str:
+    """A table, tensors down and blocks across, coloured by stored bits or by relative error (in percent).
+
+    `ends` are the figures of the first and last colour, by default the smallest and largest of this report.
+    """
     names = heat_rows(report.tensors)
     cells = {(row.short, row.block): row for row in report.tensors if row.block is not None and row.method != "keep"}
-    values = [value for row in cells.values() if (value := _value(row, measure)) is not None]
-    if not values:
+    own = heat_ends(report.tensors, measure)
+    if own is None:
         return '<p class="quiet">No quantized tensor has this figure.</p>'
     blocks = sorted({block for _, block in cells if block is not None})
     has_text = len(blocks) <= MAX_BLOCKS_WITH_TEXT
     has_edges = measure == "bits" and is_mixed(report.tensors)
-    look = _Look(measure, min(values), max(values), has_text, has_edges)
+    look = _Look(measure, *(ends or own), has_text, has_edges)
     head = "".join(f'<th scope="col">{block}' if has_text or block % 4 == 0 else "<th>" for block in blocks)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}' + "".join(_cell(cells.get((name, block)), look) for block in blocks)
@@ -243,17 +258,15 @@ def heat_map(report: ReportData, measure: Measure) -> str:
     )
     return (
         f'<div class="{measure}"><div class="scroll"><table class="{"heat" if has_text else "heat small"}">'
-        f"<thead><tr><td>block{head}</thead><tbody>{body}</tbody></table></div>{_scale(look)}</div>"
+        f"<thead><tr><td>block{head}</thead><tbody>{body}</tbody></table></div>"
+        f"{heat_scale(measure, look.low, look.high)}</div>"
     )
 
 
-def _scale(look: _Look) -> str:
+def heat_scale(measure: Measure, low: float, high: float) -> str:
     """The legend of a heat map."""
-    ends = [
-        bits_text(value) if look.measure == "bits" else f"{error_percent_text(value)} %"
-        for value in (look.low, look.high)
-    ]
-    if look.low == look.high:
+    ends = [bits_text(value) if measure == "bits" else f"{error_percent_text(value)} %" for value in (low, high)]
+    if low == high:
         return f'<div class="scale"><span>all {ends[0]}</span></div>'
     swatches = "".join(f'<i class="h{shade}"></i>' for shade in range(SHADES))
     return f'<div class="scale"><span>{ends[0]}</span>{swatches}<span>{ends[1]}</span></div>'

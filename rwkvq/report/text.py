@@ -35,13 +35,16 @@ def bits_text(bits: float | None) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration: `< 0.1 s`, `0.4 s`, `42 s`, `3 min 05 s`."""
+    """A duration: `< 0.1 s`, `0.4 s`, `42 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 0.05:
         return "< 0.1 s"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
-    return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 6000:
+        return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def percent_text(share: float | None) -> str:

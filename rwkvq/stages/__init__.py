@@ -4,10 +4,12 @@ A stage reads files, writes files, and never changes a file upstream.
 """
 
 from rwkvq.stages.blocks import block_jobs, finish_quantized
+from rwkvq.stages.job import run_stage_in_pool
 from rwkvq.stages.line import (
     WAITS,
     adopt_plan,
     check_inputs,
+    check_shared_inputs,
     clear_work,
     finish_stage,
     reason_for,
@@ -24,6 +26,7 @@ __all__ = [
     "adopt_plan",
     "block_jobs",
     "check_inputs",
+    "check_shared_inputs",
     "clear_work",
     "finish_quantized",
     "finish_stage",
@@ -31,6 +34,7 @@ __all__ = [
     "reason_for",
     "run_line",
     "run_stage",
+    "run_stage_in_pool",
     "save_seconds",
     "stages_of",
 ]

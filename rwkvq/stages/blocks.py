@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 
+from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.errors import QuantizationError
-from rwkvq.files import Progress
+from rwkvq.files import Progress, remove_leftovers
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import block
 from rwkvq.run import Run
 from rwkvq.settings import RunSettings
+from rwkvq.stages.healing import damaged_outputs, healed
 from rwkvq.workers import WorkerPool
+
+log = logging.getLogger("rwkvq.stages")
 
 
 def read_plan(run: Run) -> Plan:
@@ -50,7 +56,12 @@ def run_job_in_pool(
 ) -> list[str]:
     """Run one block job on a worker process of `pool`, with the time limit and retries of `limits`; see block.run."""
     computed: list[str] = pool.run(
-        "rwkvq.quantize.block:run", asdict(job), timeout=limits.task_timeout, retries=limits.retries, on_event=on_event
+        "rwkvq.quantize.block:run",
+        asdict(job),
+        timeout=limits.task_timeout,
+        retries=limits.retries,
+        on_event=on_event,
+        label=job.folder.name,
     )
     return computed
 
@@ -66,7 +77,10 @@ def quantize(run: Run, progress: Progress) -> None:
 
 
 def quantize_in_pool(run: Run, pool: WorkerPool, jobs: list[block.BlockJob], progress: Progress) -> None:
-    """Run all block jobs on `pool`. The first error stops the rest; finished tensors stay."""
+    """Run all block jobs on `pool`. The first error stops the rest; finished tensors stay.
+
+    A job that finds the activation cache damaged is run once more after the cache was healed.
+    """
     total = len(quantized_files(run))
     done: set[str] = set()  # a job that is tried again reports the tensors it keeps once more
 
@@ -74,8 +88,11 @@ def quantize_in_pool(run: Run, pool: WorkerPool, jobs: list[block.BlockJob], pro
         done.add(str(event["tensor"]))
         progress(str(event["tensor"]), len(done), total)
 
+    def work(job: block.BlockJob) -> list[str]:
+        return healed(run, lambda: run_job_in_pool(pool, job, run.settings.run, count))
+
     with ThreadPoolExecutor(max_workers=run.workers) as threads:
-        futures = [threads.submit(run_job_in_pool, pool, job, run.settings.run, count) for job in jobs]
+        futures = [threads.submit(work, job) for job in jobs]
         try:
             for future in futures:
                 future.result()
@@ -87,13 +104,36 @@ def quantize_in_pool(run: Run, pool: WorkerPool, jobs: list[block.BlockJob], pro
 
 
 def finish_quantized(run: Run) -> None:
-    """Check that every planned tensor is there and delete files of other plans. Raises QuantizationError."""
+    """Check that every planned tensor is there; delete files of other plans and what killed workers left.
+
+    Raises QuantizationError.
+    """
     expected = {path for path, _ in quantized_files(run)}
     missing = sorted(path for path in expected if not path.is_file())
     if missing:
         raise QuantizationError(f"{missing[0]}: not written ({len(missing)} tensors missing); run stage quantize again")
     for stray in set(run.quantized.rglob("*.safetensors")) - expected:
         stray.unlink()
+    remove_leftovers(run.quantized)
+
+
+def heal_quantized(run: Run) -> list[Path]:
+    """Quantize damaged tensors of the finished stage again, in this process; return their files.
+
+    Raises QuantizationError if they come out otherwise than before, and what a block job raises.
+    """
+    damaged = damaged_outputs(run, "quantize")
+    for path in damaged:
+        log.warning("%s: damaged, no longer what stage quantize wrote; quantizing it again", path)
+        path.unlink(missing_ok=True)  # also what only its hash tells
+    if damaged:
+        folders = {path.parent.name for path in damaged}
+        for job in block_jobs(run):
+            if job.folder.name in folders:
+                healed(run, partial(block.run, asdict(job), lambda event: None))
+        if left := damaged_outputs(run, "quantize"):
+            raise QuantizationError(f"{left[0]}: quantized again with other bytes; run stage quantize again")
+    return damaged
 
 
 def quantized_files(run: Run) -> list[tuple[Path, PlannedTensor]]:
@@ -119,9 +159,9 @@ def tensor_errors(run: Run) -> dict[str, dict[str, float | None]]:
 def quantized_file(path: Path) -> Iterator[Any]:
     """Open one quantized tensor's file. Raises QuantizationError if it cannot be read."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             yield file
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise QuantizationError(
             f"{path}: missing or damaged; run stage quantize again, it rebuilds this file"
         ) from error

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rwkvq.artifact.writer import software_versions, write_artifact
-from rwkvq.calibration import activations, windows
+from rwkvq.calibration import windows
 from rwkvq.checkpoint.names import weights_of
 from rwkvq.evaluation.line import evaluate_run
 from rwkvq.files import Progress, sha256_of_file
@@ -16,9 +16,10 @@ from rwkvq.plan.policies import make_plan
 from rwkvq.proxies import table
 from rwkvq.report.collect import collect_report, write_report
 from rwkvq.run import Run, text_hash, tokenizer_hash
-from rwkvq.stages.blocks import quantized_file, quantized_files, read_plan, tensor_errors
+from rwkvq.stages.blocks import heal_quantized, quantized_file, quantized_files, read_plan, tensor_errors
+from rwkvq.stages.healing import build_activations
 from rwkvq.stages.stage import read_seconds
-from rwkvq.threads import single_threaded_torch
+from rwkvq.threads import map_in_order, single_threaded_torch
 
 PROVENANCE_SECTIONS = ("activations", "plan", "proxies", "quantize", "seed", "windows")
 """The settings that decide an artifact's bytes, and are written into it."""
@@ -40,16 +41,7 @@ def run_windows(run: Run, progress: Progress) -> None:
 
 def run_activations(run: Run, progress: Progress) -> None:
     """Stage `activations`."""
-    layers = run.checkpoint.spec.layers
-    with single_threaded_torch():
-        activations.write_activations(
-            run.checkpoint,
-            windows.read_windows(run.windows),
-            run.activations,
-            run.settings.activations,
-            workers=run.workers,
-            on_block=lambda index: progress(f"activations of block {index}", index + 1, layers),
-        )
+    build_activations(run, progress)
 
 
 def run_proxies(run: Run, progress: Progress) -> None:
@@ -57,11 +49,15 @@ def run_proxies(run: Run, progress: Progress) -> None:
     source = run.checkpoint
     weights = weights_of(source.spec, {name: source.shape(name) for name in source.names()})
     blocks = sorted({weight.block for weight in weights if weight.block is not None})
+
+    def measure(index: int) -> list[table.Row]:
+        return table.measure_block(source, [w for w in weights if w.block == index], run.settings.proxies)
+
     rows = []
-    for done, index in enumerate(blocks, 1):
-        members = [weight for weight in weights if weight.block == index]
-        rows += table.measure_block(source, members, run.settings.proxies)
-        progress(f"proxies of block {index}", done, len(blocks))
+    with single_threaded_torch():  # each block that is measured at the same time needs a worker's memory
+        for done, measured in enumerate(map_in_order(measure, blocks, run.workers), 1):
+            rows += measured
+            progress(f"proxies of block {blocks[done - 1]}", done, len(blocks))
     table.write(run.proxies, rows, {"model_sha256": source.identity()})
 
 
@@ -74,7 +70,8 @@ def run_plan(run: Run, progress: Progress) -> None:
 
 
 def run_pack(run: Run, progress: Progress) -> None:
-    """Stage `pack`."""
+    """Stage `pack`. A quantized tensor that is not as it was written is quantized again before anything is packed."""
+    heal_quantized(run)
     files = {entry.name: path for path, entry in quantized_files(run)}
     plan = read_plan(run)
 
@@ -105,6 +102,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "windows_sha256": sha256_of_file(run.windows) if run.windows.is_file() else None,
         "plan_sha256": sha256_of_file(run.plan),
         "settings": sections_of(run, *PROVENANCE_SECTIONS),
+        "threads": run.settings.run.threads,
         "software": software_versions(),
     }
 

@@ -8,16 +8,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from rwkvq.artifact.manifest import reason_to_run, record
 from rwkvq.errors import EvaluationError, RwkvqError
 from rwkvq.files import Progress, code_version, no_progress
 from rwkvq.models.tokenizer import check_fits, load_tokenizer
 from rwkvq.run import Run, text_hash, tokenizer_hash
 from rwkvq.stages.blocks import checked_plan
-from rwkvq.stages.stage import Stage, StageResult, save_seconds
+from rwkvq.stages.healing import heal_inputs
+from rwkvq.stages.stage import Hashes, Stage, StageResult, save_seconds
 from rwkvq.stages.table import STAGES, stages_of
+from rwkvq.store import Store
+from rwkvq.threads import torch_threads
 from rwkvq.workers import WorkerPool
 
 log = logging.getLogger("rwkvq.stages")
@@ -31,7 +32,7 @@ def reason_for(run: Run, stage: Stage) -> str | None:
         inputs = stage.inputs(run)
     except FileNotFoundError as error:
         return f"{WAITS} {error.filename}"
-    reason = reason_to_run(run.folder, stage.name, stage.settings(run), inputs, code_version(stage.code))
+    reason = reason_to_run(run.folder_of(stage.name), stage.name, stage.settings(run), inputs, code_version(stage.code))
     if stage.name == "plan" and reason == "output changed: plan.json":
         return None  # an edited plan is the user's decision, checked when it is read
     return reason
@@ -40,9 +41,11 @@ def reason_for(run: Run, stage: Stage) -> str | None:
 def run_stage(run: Run, name: str, progress: Progress = no_progress) -> StageResult:
     """Run one stage unless it is done already; its manifest is written last.
 
-    Raises what its body raises, and RwkvqError if an earlier stage has not run yet.
+    A small input that is not as its own stage wrote it is made again first (rwkvq/stages/healing.py). Raises what its
+    body raises, and RwkvqError if an earlier stage has not run yet.
     """
     stage = STAGES[name]
+    heal_inputs(run, name, lambda earlier: run_stage(run, earlier))
     reason = reason_for(run, stage)
     if reason is None:
         return StageResult(name, False, "up to date", 0.0)
@@ -51,33 +54,42 @@ def run_stage(run: Run, name: str, progress: Progress = no_progress) -> StageRes
         raise RwkvqError(f"stage {name} {reason}, which an earlier stage writes; run these first: {earlier}")
     log.info("%s: %s", name, reason)
     begin = time.monotonic()
-    torch.set_num_threads(run.workers * run.settings.run.threads)
-    stage.body(run, progress)
-    finish_stage(run, name)
+    inputs = stage.inputs(run)  # as they are now: what changes under the work has to be noticed next time
+    with torch_threads(run.workers * run.settings.run.threads):
+        stage.body(run, progress)
+    finish_stage(run, name, inputs)
     seconds = time.monotonic() - begin
     save_seconds(run, name, seconds)
     return StageResult(name, True, reason, seconds)
 
 
-def finish_stage(run: Run, name: str) -> None:
-    """Write the manifest of a stage whose outputs are complete."""
+def finish_stage(run: Run, name: str, inputs: Hashes | None = None) -> None:
+    """Write the manifest of a stage whose outputs are complete. inputs: hashes before the work; None = as they are."""
     stage = STAGES[name]
-    record(run.folder, name, stage.settings(run), stage.inputs(run), code_version(stage.code), stage.outputs(run))
+    inputs = stage.inputs(run) if inputs is None else inputs
+    record(run.folder_of(name), name, stage.settings(run), inputs, code_version(stage.code), stage.outputs(run))
 
 
 def check_inputs(run: Run, plan_file: Path | None = None) -> None:
-    """Fail now rather than an hour later: every input opens, tokenizer and plan fit the model.
+    """Fail now rather than an hour later: every input opens, tokenizer and plan fit the model, the store is known.
 
-    Raises CheckpointError, TokenizerError, TextError, EvaluationError, PlanError.
+    Raises CheckpointError, TokenizerError, TextError, EvaluationError, PlanError, StoreError.
     """
-    tokenizer_hash(run.tokenizer_path)
-    check_fits(load_tokenizer(run.tokenizer_path), run.checkpoint.spec, run.tokenizer_path)
-    text_hash(run.settings.windows.source)
+    check_shared_inputs(run)
     for text in (run.settings.evaluate.text, run.settings.evaluate.lambada):
         if text and not Path(text).is_file():
             raise EvaluationError(f"{text}: no such file; give evaluation text as a file")
     if plan_file is not None:
         checked_plan(run, plan_file)
+    if run.settings.run.store:
+        Store(run.settings.run.store)
+
+
+def check_shared_inputs(run: Run) -> None:
+    """The part of `check_inputs` that the stages before the plan need: checkpoint, tokenizer and calibration text."""
+    tokenizer_hash(run.tokenizer_path)
+    check_fits(load_tokenizer(run.tokenizer_path), run.checkpoint.spec, run.tokenizer_path)
+    text_hash(run.settings.windows.source)
 
 
 def adopt_plan(run: Run, plan_file: Path) -> StageResult:
@@ -103,9 +115,10 @@ def run_line(
 
 
 def clear_work(run: Run) -> None:
-    """Delete what the stages wrote, and the run folder unless it holds files of somebody else."""
-    written = [path for stage in STAGES.values() for path in stage.outputs(run)]
-    for path in [*written, run.folder / "manifests", run.timings, run.folder / ".lock"]:
+    """Delete what the stages wrote into the run folder, and that folder unless it holds files of somebody else."""
+    own = [stage for name, stage in STAGES.items() if run.folder_of(name) == run.folder]
+    written = [path for stage in own for path in stage.outputs(run)]
+    for path in [*written, run.folder / "manifests", run.timings("plan"), run.folder / ".lock"]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvq.files import Progress, write_json
-from rwkvq.run import Run
+from rwkvq.run import SHARED, Run
 
 Hashes = dict[str, str]
 
@@ -41,13 +41,18 @@ class StageResult:
 
 
 def save_seconds(run: Run, name: str, seconds: float) -> None:
-    """Remember how long a stage took, for the report."""
-    write_json(run.timings, read_seconds(run) | {name: round(seconds, 2)})
+    """Remember how long a stage took, for the report, beside the outputs of that stage."""
+    path = run.timings(name)
+    write_json(path, _read(path) | {name: round(seconds, 2)})
 
 
 def read_seconds(run: Run) -> dict[str, float]:
-    """Seconds by stage of the last time each ran."""
+    """Seconds by stage of the last time each ran, also of those whose outputs are shared with other runs."""
+    return _read(run.timings(SHARED[0])) | _read(run.timings("plan"))
+
+
+def _read(path: Path) -> dict[str, float]:
     try:
-        return {str(name): float(value) for name, value in json.loads(run.timings.read_text(encoding="utf-8")).items()}
+        return {str(name): float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -23,9 +23,10 @@ def _of(*paths: Path) -> Hashes:
 
 def _manifest_hash(run: Run, stage: str) -> str:
     """One hash for all outputs of an earlier stage: that of its manifest."""
-    if read_manifest(run.folder, stage) is None:
+    folder = run.folder_of(stage)
+    if read_manifest(folder, stage) is None:
         raise FileNotFoundError(2, "not run yet", f"stage {stage}")
-    return sha256_of_file(run.folder / "manifests" / f"{stage}.json")
+    return sha256_of_file(folder / "manifests" / f"{stage}.json")
 
 
 def _activation_hash(run: Run) -> Hashes:
@@ -124,7 +125,7 @@ STAGES: dict[str, Stage] = {
             lambda run: [
                 run.report,
                 run.metrics,
-                *(run.folder / name for name in ("report.md", "summary.json", "errors.csv")),
+                *(run.folder / name for name in ("report.md", "summary.json", "errors.csv", "quality.csv")),
             ],
             ("rwkvq.report",),
             bodies.run_report,

@@ -128,7 +128,7 @@ def test_it_needs_no_set_up_and_gives_the_bytes_of_the_command(
     home: Home, first_log: str, undisturbed: tuple[Path, dict[str, Any]]
 ) -> None:
     assert_same_artifact(home, undisturbed)
-    said = [line.split(" ", 1)[1].split(":")[0] for line in first_log.splitlines() if ": done in" in line]
+    said = [line.split(": ")[1] for line in first_log.splitlines() if ": done in" in line]
     assert said == list(STAGES)
 
 
@@ -141,7 +141,9 @@ def test_nothing_leaves_this_machine(home: Home, first_log: str) -> None:
 def test_a_second_run_does_nothing(home: Home, first_log: str) -> None:
     before = tree_hash(home.folder / "run")
     log = home.finish(home.start())
-    assert [line.split(" ", 1)[1] for line in log.splitlines() if ":" in line] == [f"{s}: up to date" for s in STAGES]
+    assert [line.split(" ", 1)[1] for line in log.splitlines() if ":" in line] == [
+        f"run: {s}: up to date" for s in STAGES
+    ]
     assert tree_hash(home.folder / "run") == before
 
 

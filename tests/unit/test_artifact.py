@@ -267,4 +267,4 @@ def test_plan_of_another_model_is_refused(packed: Packed, tmp_path: Path) -> Non
 def test_software_versions_are_plain_and_repeatable() -> None:
     versions = software_versions()
     assert versions == software_versions() and len(versions["code_version"]) == 64
-    assert set(versions["libraries"]) == {"numpy", "safetensors", "torch"}
+    assert set(versions["libraries"]) == {"numpy", "pyarrow", "safetensors", "tokenizers", "torch"}

@@ -155,7 +155,7 @@ def test_old_version_is_refused_by_name(tmp_path: Path, others: list[str], meani
 
 def test_something_else_entirely(tmp_path: Path) -> None:
     assert "not RWKV-6 or RWKV-7" in _refusal_of(tmp_path, {"transformer.h.0.weight": torch.zeros(4)})
-    assert "expected a dictionary of tensors" in _refusal(_saved(tmp_path, [torch.zeros(2)]))
+    assert "expected tensors by name" in _refusal(_saved(tmp_path, [torch.zeros(2)]))
     assert "is a dict, expected a tensor" in _refusal(_saved(tmp_path, {"model": tiny_tensors("x070")}))
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkvq.checkpoint.reader import open_checkpoint
+from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
+from rwkvq.engine import model
 from rwkvq.engine.model import Engine, is_artifact, open_model, open_tokenizer
 from rwkvq.errors import ArtifactError, EvaluationError, TokenizerError
+from rwkvq.models import load_block
 from tests.tiny import write_byte_vocabulary, write_tiny
 
 VERSIONS = ["x060", "x070"]
@@ -94,3 +96,48 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     spec = open_checkpoint(write_tiny(tmp_path / "m.pth", "x060", vocab=100)).spec
     with pytest.raises(TokenizerError):
         open_tokenizer(tmp_path, write_byte_vocabulary(tmp_path / "words.txt"), spec)
+
+
+def test_many_batches_through_one_block_after_the_other_give_the_same_bytes(path: Path) -> None:
+    source = open_checkpoint(path)
+    batches = [random_ids(2, 40), random_ids(1, 9), random_ids(3, 33)]
+    resident = Engine(source)
+    for engine in (resident, Engine(source, resident=False)):
+        for workers in (1, 2):
+            found = engine.hidden_of(batches, workers)
+            assert all(torch.equal(x, resident.hidden(ids)) for x, ids in zip(found, batches, strict=True))
+
+
+def test_a_streaming_engine_loads_each_block_once_for_all_batches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(source: WeightSource, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        loaded.append(index)
+        return load_block(source, index, dtype)
+
+    monkeypatch.setattr(model, "load_block", load)
+    Engine(open_checkpoint(path), resident=False).hidden_of([random_ids(2, 9)] * 5)
+    assert loaded == [0, 1]
+
+
+@pytest.mark.parametrize("rows", [64, 100, 320])
+def test_logits_in_slices_of_the_vocabulary_are_the_same_bytes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    source = open_checkpoint(path)
+    resident, streaming = Engine(source), Engine(source, resident=False)
+    hidden = resident.hidden(random_ids(2, 20))
+    monkeypatch.setattr(model, "_HEAD_ROWS", rows)
+    torch.testing.assert_close(streaming.logits(hidden), resident.logits(hidden), rtol=1e-6, atol=1e-6)
+    monkeypatch.undo()
+    assert torch.equal(streaming.logits(hidden), resident.logits(hidden))
+
+
+def test_a_streaming_engine_lets_go_of_its_head(path: Path) -> None:
+    engine = Engine(open_checkpoint(path), resident=False)
+    hidden = engine.hidden(random_ids(1, 3))
+    assert not engine._outer
+    engine.logits(hidden)
+    assert list(engine._outer) == ["head.weight"] and engine._outer["head.weight"].dtype == torch.bfloat16
+    engine.hidden_of([random_ids(1, 3)])
+    assert not engine._outer

@@ -10,9 +10,11 @@ import torch
 
 from rwkvq.checkpoint.reader import open_checkpoint
 from rwkvq.engine.model import Engine
+from rwkvq.evaluation import batches, memory
 from rwkvq.evaluation.batches import map_batches
 from rwkvq.evaluation.continuations import Continuation, score_continuations
 from rwkvq.evaluation.divergence import compare_on_text
+from rwkvq.evaluation.memory import decoded_bytes, engines_for
 from tests.tiny import write_tiny
 
 
@@ -71,3 +73,49 @@ def test_figures_are_the_same_bits_for_any_number_of_threads(engine: Engine) -> 
         text = compare_on_text(engine, {"same": engine}, ids, batch=2)
         figures.append((text, score_continuations(engine, items, batch=2)))
     assert figures[0] == figures[1] == figures[2]
+
+
+@pytest.mark.parametrize("group", [1, 20_000, 1 << 30])
+def test_figures_are_the_same_bits_whether_blocks_are_kept_or_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    monkeypatch.setattr(batches, "GROUP_BYTES", group)
+    ids = torch.randint(1, 320, (6, 33), generator=torch.Generator().manual_seed(1))
+    items = [Continuation((0, *row[: 5 * i].tolist()), tuple(row[30:].tolist())) for i, row in enumerate(ids)]
+    streaming = Engine(engine.source, resident=False)
+    figures = []
+    for one, threads in ((engine, 1), (streaming, 1), (streaming, 2)):
+        torch.set_num_threads(threads)
+        text = compare_on_text(one, {"same": one}, ids, batch=2)
+        figures.append((text, score_continuations(one, items, batch=2)))
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_groups_hold_as_many_batches_as_fit_and_at_least_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [torch.zeros(1, length) for length in (4, 4, 4, 9, 1, 1)]
+    monkeypatch.setattr(batches, "GROUP_BYTES", 8 * 3 * 128 * 4)  # 8 tokens of two engines
+    found = list(batches._groups(items, lambda item: item, [engine, engine]))
+    assert [[item.numel() for item in group] for group in found] == [[4, 4], [4], [9], [1, 1]]
+
+
+def test_engines_keep_their_blocks_only_if_all_fit(engine: Engine) -> None:
+    sources = {"a": engine.source, "b": engine.source}
+    size = decoded_bytes(engine.source)
+    assert size == sum(x.nbytes for x in (*engine._outer.values(), *engine._norm)) + sum(
+        x.nbytes for index in range(2) for x in engine._block(index).values()
+    )
+    for factor, resident in ((2.01, True), (1.99, False)):
+        found = engines_for(sources, factor * size / 1e9)
+        assert [item.resident for item in found.values()] == [resident] * 2
+    assert all(item.resident for item in engines_for(sources).values())
+
+
+def test_a_containers_limit_counts_as_the_end_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    free = memory.free_bytes()
+    assert free > 1 << 20
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert memory.free_bytes() == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes() > 1 << 20

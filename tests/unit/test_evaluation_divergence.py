@@ -111,6 +111,6 @@ def test_different_vocabularies_are_refused(pair: tuple[Engine, Engine], ids: to
 
 
 def test_logits_that_are_not_finite_name_the_model(pair: tuple[Engine, Engine], ids: torch.Tensor) -> None:
-    pair[1]._head[7] = float("nan")
+    pair[1]._outer["head.weight"][7] = float("nan")
     with pytest.raises(EvaluationError, match=r"second\.safetensors: logits are not finite"):
         compare_on_text(pair[0], {"other": pair[1]}, ids)

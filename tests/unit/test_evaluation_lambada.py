@@ -93,6 +93,6 @@ def test_lines_beyond_the_limit_are_not_looked_at(tmp_path: Path) -> None:
 
 
 def test_logits_that_are_not_finite_are_refused(engine: Engine, tokenizer: Tokenizer) -> None:
-    engine._head[3] = float("nan")
+    engine._outer["head.weight"][3] = float("nan")
     with pytest.raises(EvaluationError, match="logits are not finite"):
         lambada(engine, TEXTS, tokenizer)

@@ -14,9 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 from rwkvq.checkpoint.names import weights_of
 from rwkvq.checkpoint.reader import Checkpoint, open_checkpoint
-from rwkvq.checkpoint.spec import Version
-from rwkvq.models import BlockState, embed, final_norm, load_block, observe_block, run_block
-from tests.tiny import write_tiny
+from rwkvq.checkpoint.spec import ModelSpec, Version
+from rwkvq.models import (
+    BlockState,
+    batches_at_once,
+    embed,
+    final_norm,
+    fitting_batch,
+    load_block,
+    observe_block,
+    run_block,
+)
+from tests.tiny import tiny_spec, write_tiny
 
 VERSIONS: tuple[Version, ...] = ("x060", "x070")
 
@@ -195,3 +204,19 @@ def test_embed_and_final_norm_normalise() -> None:
     for values in (x, final_norm(5 * x, weight, bias)):
         torch.testing.assert_close(values.mean(-1), torch.full((1, 3), 0.5), rtol=0, atol=1e-5)
         torch.testing.assert_close(values.std(-1, correction=0), torch.full((1, 3), 2.0), rtol=1e-4, atol=0)
+
+
+def test_wide_models_run_fewer_sequences_at_once() -> None:
+    wide = ModelSpec("x060", 61, 4096, 64, 64, 14336, 65536, {"mix": 64, "decay": 128})
+    assert fitting_batch(tiny_spec("x060"), 512, 4) == 4
+    assert fitting_batch(wide, 512, 4) == 1 and fitting_batch(wide, 128, 8) == 3
+    assert fitting_batch(wide, 100_000, 4) == 1  # never none
+    assert batches_at_once(tiny_spec("x060"), 2048, 16) == 16
+    assert batches_at_once(wide, 512, 16) == 4 and batches_at_once(wide, 512, 2) == 2
+    assert batches_at_once(wide, 100_000, 4) == 1
+
+
+def test_a_block_can_be_loaded_in_part(tmp_path: Path) -> None:
+    model = open_checkpoint(write_tiny(tmp_path / "m.pth", "x060"))
+    whole, part = load_block(model, 1), load_block(model, 1, without=("ffn.value.weight",))
+    assert set(whole) - set(part) == {"ffn.value.weight"}

@@ -58,7 +58,7 @@ def test_worked_example_of_gptq() -> None:
     weight, moment = torch.tensor([[0.6, 0.6]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     integers = Grid(torch.ones(1, dtype=torch.float16), torch.tensor([4.0]))
     upper = inverse_factor(moment, 0.0)
-    walk = Walk(weight.t().clone(), unit_rows(upper), torch.empty(2, 1), 3)
+    walk = Walk(weight.t().clone(), unit_rows(upper.clone()), torch.empty(2, 1), 3)
     walk.round_block(0, 2, [integers, integers])
     assert walk.steps.view(-1).tolist() == [1, 0]
     assert walk.columns[1].item() == pytest.approx(0.4)

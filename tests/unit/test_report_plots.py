@@ -68,6 +68,7 @@ def test_an_axis_around_one_value_or_nothing_is_usable() -> None:
 
 def test_tick_text_is_short() -> None:
     assert [tick_text(value) for value in (0.5, 20, 1e4, 3e6, 1e10, 1e-5)] == ["0.5", "20", "10k", "3M", "1e10", "1e-5"]
+    assert [tick_text(value) for value in (1.2e-4, 1.4e-4, 2.5e10)] == ["1.2e-4", "1.4e-4", "2.5e10"]
 
 
 def test_marks_lie_on_their_side_of_the_thresholds() -> None:

@@ -49,6 +49,12 @@ def test_counts() -> None:
 def test_seconds() -> None:
     texts = [seconds_text(value) for value in (0.0, 0.049, 0.05, 9.94, 9.96, 99.4, 187.3, 3599.6)]
     assert texts == ["< 0.1 s", "< 0.1 s", "0.1 s", "9.9 s", "10 s", "99 s", "3 min 07 s", "60 min 00 s"]
+    assert [seconds_text(value) for value in (5999.4, 5999.6, 7620, 300_000)] == [
+        "99 min 59 s",
+        "1 h 40 min",
+        "2 h 07 min",
+        "83 h 20 min",
+    ]
 
 
 def test_an_estimate_shows_two_digits_of_its_error() -> None:

@@ -10,17 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     {"errors"},
+    {"documents", "redaction"},
     {"files", "settings", "threads", "workers"},
-    {"checkpoint", "formats"},
+    {"hashes"},
+    {"checkpoint", "formats", "store"},
     {"models", "proxies"},
     {"calibration", "plan", "run"},
     {"artifact"},
     {"quantize"},
-    {"engine"},
+    {"engine", "transfer"},
     {"evaluation"},
     {"report"},
     {"stages"},
-    {"dry_run", "publish"},
+    {"deep_verify", "dry_run", "publish"},
+    {"family"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

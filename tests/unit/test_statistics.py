@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from rwkvq.calibration import statistics
 from rwkvq.calibration.activations import InputBatch
-from rwkvq.calibration.sites import needs_of
+from rwkvq.calibration.sites import Needs, needs_of
+from rwkvq.calibration.spill import Spilled
 from rwkvq.calibration.statistics import (
     BlockAccumulator,
     ChannelImportance,
@@ -20,7 +23,7 @@ from rwkvq.calibration.statistics import (
     percentile_over_time,
 )
 from rwkvq.checkpoint.names import Weight, weights_of
-from rwkvq.errors import ActivationError
+from rwkvq.errors import ActivationError, OutputError
 from rwkvq.models import run_block
 from tests.tiny import tiny_spec, tiny_tensors
 
@@ -228,3 +231,37 @@ def test_a_block_may_be_accumulated_in_parts() -> None:
         torch.testing.assert_close(merged.second_moments[site], moment, rtol=1e-6, atol=0)
     for name, importance in whole.importance.items():
         torch.testing.assert_close(merged.importance[name], importance, rtol=1e-6, atol=0)
+
+
+def test_moments_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, needs = random(2, 30, 140), needs_of([])
+    found = []
+    for limit, scratch in ((1 << 30, tmp_path), (0, None), (0, tmp_path)):
+        monkeypatch.setattr(statistics, "IN_MEMORY", limit)
+        accumulator = BlockAccumulator(Needs(frozenset({"a", "b"}), needs.importance), "none", 100)
+        accumulator.observe("a", x)
+        accumulator.observe("b", x[..., :32])
+        found.append(accumulator.finish(scratch).second_moments)
+    memory, kept, disk = found
+    assert memory["a"] is memory["a"] and kept["a"] is kept["a"] and disk["a"] is not disk["a"]
+    assert set(disk) == {"a", "b"}
+    assert all(torch.equal(disk[site], memory[site]) for site in disk)
+    renamed = disk.renamed({"weight": "b"})
+    assert list(renamed) == ["weight"] and torch.equal(renamed["weight"], memory["b"])
+    assert not list(tmp_path.iterdir())  # the files have no names
+
+
+def test_a_folder_that_takes_no_moments_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        Spilled.of(torch.ones(2, 2), tmp_path / "file")
+
+
+def test_wide_batches_are_observed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(statistics, "fitting_batch", lambda spec, length, batch: 2)
+    monkeypatch.setattr(statistics, "observe_block", lambda spec, index, weights, x, observe, v_first: seen.append(x))
+    batch = InputBatch(random(5, 4, 8), None, torch.tensor([False, True, False, False, False]))
+    accumulate(tiny_spec("x060"), 1, {}, [batch], BlockAccumulator(needs_of([]), "none", 100))
+    assert [len(x) for x in seen] == [2, 2]
+    assert torch.equal(torch.cat(seen), batch.x[[0, 2, 3, 4]])

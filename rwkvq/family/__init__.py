@@ -1,0 +1,1 @@
+"""A model family: a grid of models and policies, run as one."""
