@@ -132,6 +132,7 @@ def quantize_one(rows: int, columns: int, method: Literal["gptq", "gptvq"], swee
     for _ in range(4):
         accumulator.add(torch.randn(1, 512, columns, generator=generator).relu_().square_())
     moment = accumulator.finish()
+    del accumulator  # its sums are as large as the moment
     weight = torch.randn(rows, columns, generator=generator).mul_(columns**-0.5)
     if method == "gptq":
         layout: ScalarLayout | VectorLayout = ScalarLayout(rows, columns, 3, 64, True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from rwkvq.artifact.layout import SUMS
 from rwkvq.artifact.reader import Artifact, open_artifact
 from rwkvq.artifact.sums import read_sums
-from rwkvq.checkpoint.reader import is_finite
 from rwkvq.errors import ArtifactError
 from rwkvq.files import Progress, no_progress
+from rwkvq.tensors import is_finite
 
 
 @dataclass(frozen=True, slots=True)

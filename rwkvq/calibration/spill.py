@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -24,18 +24,21 @@ class Spilled:
         self._shape = shape
 
     @classmethod
-    def of(cls, tensor: Tensor, folder: Path) -> Spilled:
-        """Write a contiguous float32 tensor into `folder`. Raises OutputError if that is refused."""
-        data = tensor.view(torch.uint8).view(-1).numpy().data
+    def of(cls, parts: Iterable[Tensor], columns: int, folder: Path) -> Spilled:
+        """Write contiguous float32 rows [n, columns], part by part, into `folder`. Raises OutputError if refused."""
+        rows = 0
         try:
             make_folder(folder)
             file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115 - open as long as this object lives
-            while len(data):
-                data = data[file.write(data[:_CHUNK]) :]
+            for part in parts:
+                data = part.view(torch.uint8).view(-1).numpy().data
+                while len(data):
+                    data = data[file.write(data) :]
+                rows += len(part)
         except OSError as error:
             reason = error.strerror or error
             raise OutputError(f"{folder}: no temporary file for statistics ({reason}); free some space") from error
-        return cls(file, tensor.shape)
+        return cls(file, torch.Size((rows, columns)))
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""

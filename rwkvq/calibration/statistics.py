@@ -5,7 +5,7 @@ weights. Accumulators add, merge and finish, so parts may be computed anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
@@ -46,16 +46,17 @@ class SecondMoment:
     """Mean of x x^T over all tokens seen, [features, features].
 
     Products are formed in float32, one batch at a time, and summed in float64; only the upper triangle is kept, as
-    stripes of rows from their diagonal to the end, so that it takes no more memory than the whole in float32.
+    stripes of rows from their diagonal to the end, so that it takes no more memory than the whole in float32. The
+    stripes share one allocation: memory of that size goes back to the system when it is freed.
     """
 
     def __init__(self, features: int) -> None:
         self.features = features
         self.tokens = 0
-        self._stripes = [
-            torch.zeros(min(_STRIPE, features - start), features - start, dtype=torch.float64)
-            for start in range(0, features, _STRIPE)
-        ]
+        shapes = [(min(_STRIPE, features - start), features - start) for start in range(0, features, _STRIPE)]
+        sums = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float64)
+        parts = torch.split(sums, [math.prod(shape) for shape in shapes])
+        self._stripes = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @property
     def result_bytes(self) -> int:
@@ -77,21 +78,31 @@ class SecondMoment:
             total += added
 
     def finish(self) -> Tensor:
-        """Mean of x x^T, float32 [features, features], exactly symmetric; raises ValueError if no token was seen.
+        """Mean of x x^T, float32 [features, features], exactly symmetric; raises ValueError if no token was seen."""
+        result = torch.empty(self.features, self.features)
+        start = 0
+        for rows in self.finished_rows():
+            result[start : start + len(rows)] = rows
+            start += len(rows)
+        return result
 
-        Ends the accumulator: its sums are given back one by one, while the result grows from its last rows upwards.
-        """
+    def finished_rows(self) -> Iterator[Tensor]:
+        """What finish returns, a few whole rows at a time from the first."""
         if not self.tokens:
             raise ValueError("no tokens")
-        result = torch.empty(self.features, self.features)
-        while self._stripes:
-            mean = self._stripes.pop().div_(self.tokens).float()
-            here = slice(self.features - mean.shape[1], self.features - mean.shape[1] + len(mean))
-            square = mean[:, : len(mean)].triu()
-            result[here, here] = square + square.triu(1).T
-            result[here, here.stop :] = mean[:, len(mean) :]
-            result[here.stop :, here] = mean[:, len(mean) :].T
-        return result
+        for index, stripe in enumerate(self._stripes):
+            here = slice(index * _STRIPE, index * _STRIPE + len(stripe))
+            rows = torch.empty(len(stripe), self.features)
+            for above, other in enumerate(self._stripes[:index]):
+                begin = above * _STRIPE
+                rows[:, begin : begin + len(other)] = self._mean(other[:, here.start - begin : here.stop - begin]).T
+            square = self._mean(stripe[:, : len(stripe)]).triu()
+            rows[:, here] = square + square.triu(1).T
+            rows[:, here.stop :] = self._mean(stripe[:, len(stripe) :])
+            yield rows
+
+    def _mean(self, sums: Tensor) -> Tensor:
+        return (sums / self.tokens).float()
 
 
 class ChannelImportance:
@@ -217,8 +228,11 @@ class BlockAccumulator:
         finished: dict[str, Tensor | Spilled] = {}
         # the small ones first: what they held is free when the largest is finished
         for site in sorted(self._moments, key=lambda name: self._moments[name].features):
-            moment = self._moments.pop(site).finish()
-            finished[site] = moment if scratch is None or size <= IN_MEMORY else Spilled.of(moment, scratch)
+            moment = self._moments.pop(site)
+            if scratch is None or size <= IN_MEMORY:
+                finished[site] = moment.finish()
+            else:
+                finished[site] = Spilled.of(moment.finished_rows(), moment.features, scratch)
         return Moments(finished)
 
 

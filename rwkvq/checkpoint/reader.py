@@ -18,11 +18,11 @@ from rwkvq.checkpoint.storage import Storage, open_storage
 from rwkvq.checkpoint.variants import refusal
 from rwkvq.errors import CheckpointError
 from rwkvq.hashes import file_hash
+from rwkvq.tensors import is_finite
 
 MAX_PROBLEMS = 8
 """Problems spelled out in one message; the rest is counted."""
 _PREFIX = re.compile(r"^(model|rwkv7|rwkv)\.")
-_FINITE_CHUNK = 1 << 22
 
 
 class WeightSource(Protocol):
@@ -142,13 +142,3 @@ def _problems(spec: ModelSpec, storage: Storage, stored_names: Mapping[str, str]
         if not isinstance(dtype, torch.dtype):
             problems.append(f"{name} is {dtype}, expected float16, bfloat16 or float32")
     return problems
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """True if no value is NaN or infinite; works in slices, so that nothing of the tensor's size is allocated."""
-    flat = tensor.reshape(-1)
-    for begin in range(0, flat.numel(), _FINITE_CHUNK):
-        low, high = torch.aminmax(flat[begin : begin + _FINITE_CHUNK])  # both are NaN if any value is
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            return False
-    return True

@@ -11,10 +11,11 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from rwkvq.checkpoint.reader import WeightSource, is_finite
+from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.storage import PICKLE_SUFFIXES
 from rwkvq.errors import OutputError
 from rwkvq.files import atomic_path
+from rwkvq.tensors import is_finite
 
 DATA_ALIGNMENT = 64
 """The header is filled with spaces so that the data begins at a multiple of this many bytes."""

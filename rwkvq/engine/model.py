@@ -16,7 +16,6 @@ from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
 from rwkvq.checkpoint.spec import ModelSpec
 from rwkvq.errors import EvaluationError, TokenizerError
 from rwkvq.models import BlockState, embed, final_norm, load_block, run_block
-from rwkvq.models.layers import Weights
 from rwkvq.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from rwkvq.threads import map_in_order
 
@@ -93,7 +92,7 @@ class Engine:
         EvaluationError for an id outside the vocabulary.
         """
         self._check(ids)
-        self._let_go()
+        self.let_go()
         x, v_first, after = self._embedded(ids, self._tensor(EMBEDDING)), None, []
         for index in range(self.spec.layers):
             before = None if state is None else state[index]
@@ -110,21 +109,25 @@ class Engine:
         """
         for ids in batches:
             self._check(ids)
-        self._let_go()
+        self.let_go()
         embedding = self._tensor(EMBEDDING)
         states: list[tuple[Tensor, Tensor | None]] = [(self._embedded(ids, embedding), None) for ids in batches]
         del embedding
         for index in range(self.spec.layers):
-            weights = self._block(index)
-
-            def step(at: int, index: int = index, weights: Weights = weights) -> None:
-                x, v_first = states[at]
-                x, _, v_first = run_block(self.spec, index, weights, x, v_first=v_first)
-                states[at] = (x, v_first)
-
-            for _ in map_in_order(step, range(len(states)), workers):
-                pass
+            self._through_block(index, states, workers)
         return [final_norm(x, *self._norm) for x, _ in states]
+
+    def _through_block(self, index: int, states: list[tuple[Tensor, Tensor | None]], workers: int) -> None:
+        """Replace every (x, v_first) by what block `index` makes of it; the block is gone when the next is loaded."""
+        weights = self._block(index)
+
+        def step(at: int) -> None:
+            x, v_first = states[at]
+            x, _, v_first = run_block(self.spec, index, weights, x, v_first=v_first)
+            states[at] = (x, v_first)
+
+        for _ in map_in_order(step, range(len(states)), workers):
+            pass
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -136,6 +139,11 @@ class Engine:
                 self._outer[HEAD] = self._tensor(HEAD)
         parts = torch.split(self._outer[HEAD], _HEAD_ROWS)
         return torch.cat([functional.linear(hidden, part.to(self.dtype)) for part in parts], -1)
+
+    def let_go(self) -> None:
+        """Free the head of an engine that keeps nothing; the next logits load it again."""
+        if not self.resident:
+            self._outer.clear()
 
     def initial_state(self, batch: int) -> list[BlockState]:
         """Return the zero state of `batch` sequences, one BlockState a block."""
@@ -156,11 +164,6 @@ class Engine:
 
     def _tensor(self, name: str) -> Tensor:
         return self._outer[name] if name in self._outer else self.source.tensor(name)
-
-    def _let_go(self) -> None:
-        """Free the head of an engine that keeps nothing."""
-        if not self.resident:
-            self._outer.clear()
 
     def _embedded(self, ids: Tensor, embedding: Tensor) -> Tensor:
         weight, bias = (self.source.tensor(f"blocks.0.ln0.{part}").to(self.dtype) for part in ("weight", "bias"))

@@ -20,8 +20,8 @@ from rwkvq.threads import single_threaded_torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-GROUP_BYTES = 512 << 20
-"""Hidden states of all engines that wait in memory together."""
+GROUP_BYTES = 256 << 20
+"""Hidden states of all engines that wait in memory together, beside a block or all heads."""
 
 
 def map_hidden(
@@ -45,6 +45,8 @@ def map_hidden(
             ids = [ids_of(item) for item in group]
             tokens = max(batch.numel() for batch in ids)
             workers = batches_at_once(engines[0].spec, tokens, threads)
+            for engine in engines:
+                engine.let_go()  # no head of the group before stays beside a block
             hidden = [engine.hidden_of(ids, workers) for engine in engines]
             for index, item in enumerate(group):
                 yield score(item, [states[index] for states in hidden])

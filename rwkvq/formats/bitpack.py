@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 16
+_PIECE = 1 << 20
+"""Octets of codes that are in work at once; their int32 copies take some 80 MB."""
 ALIGNMENT = 4
 """Streams are padded with zero bytes to a multiple of this, so that a kernel can read whole 32-bit words."""
 
@@ -40,17 +42,25 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     count = flat.numel()
     if count:
         assert int(flat.min()) >= 0 and int(flat.max()) < 1 << bits
+    result = torch.zeros(packed_size(count, bits), dtype=torch.uint8)
+    for start, part in enumerate(torch.split(flat, 8 * _PIECE)):
+        target = result[start * _PIECE * bits :]
+        stream = _packed(part, bits)
+        used = min(stream.numel(), target.numel())  # beyond lie the zero codes that fill the last octet
+        target[:used] = stream[:used]
+    return result
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Return the bytes of codes [n], zero codes after them to fill the last octet: uint8 [ceil(n / 8) * bits]."""
+    count = codes.numel()
     octets = torch.zeros((count + 7) // 8 * 8, dtype=torch.int32)
-    octets[:count] = flat
+    octets[:count] = codes
     columns = octets.view(-1, 8).t().contiguous()  # [8, n / 8]
     packed = torch.zeros(bits, columns.shape[1], dtype=torch.int32)
     for code, byte, shift in _overlaps(bits):
         packed[byte] |= columns[code] << shift if shift >= 0 else columns[code] >> -shift
-    stream = (packed & 255).to(torch.uint8).t().reshape(-1)
-    result = torch.zeros(packed_size(count, bits), dtype=torch.uint8)
-    used = min(stream.numel(), result.numel())  # what lies beyond belongs to the zero codes that fill the last octet
-    result[:used] = stream[:used]
-    return result
+    return (packed & 255).to(torch.uint8).t().reshape(-1)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -59,6 +69,14 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     packed uint8 [packed_size(count, bits)]; the inverse of `pack_bits`.
     """
     assert 1 <= bits <= MAX_BITS and packed.dtype == torch.uint8 and packed.numel() == packed_size(count, bits)
+    result = torch.empty(count, dtype=torch.uint8 if bits <= 8 else torch.int32)
+    for start, part in enumerate(torch.split(result, 8 * _PIECE)):
+        part.copy_(_unpacked(packed[start * _PIECE * bits :], bits, part.numel()))
+    return result
+
+
+def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first `count` codes, int32 [count], of a stream that may go on, or end inside the last octet."""
     octets = (count + 7) // 8
     stream = torch.zeros(octets * bits, dtype=torch.uint8)
     used = min(stream.numel(), packed.numel())
@@ -67,8 +85,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     codes = torch.zeros(8, octets, dtype=torch.int32)
     for code, byte, shift in _overlaps(bits):
         codes[code] |= columns[byte] >> shift if shift >= 0 else columns[byte] << -shift
-    dtype = torch.uint8 if bits <= 8 else torch.int32
-    return (codes & ((1 << bits) - 1)).to(dtype).t().reshape(-1)[:count]
+    return (codes & ((1 << bits) - 1)).t().reshape(-1)[:count]
 
 
 def padding_is_zero(packed: Tensor, bits: int, count: int) -> bool:

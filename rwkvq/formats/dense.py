@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvq.errors import PlanError, QuantizationError, ShapeError
 from rwkvq.formats.parts import MAX_SIDE, Parts, bits_of, check_finite, check_keys, check_parts
+from rwkvq.tensors import is_finite
 
 DenseDtype = Literal["float16", "bfloat16", "float32"]
 DTYPES: dict[DenseDtype, torch.dtype] = {
@@ -76,7 +77,7 @@ def encode(tensor: Tensor, layout: DenseLayout) -> DenseCodes:
     if tuple(tensor.shape) != layout.shape:
         raise ShapeError(f"dense tensor: found shape {list(tensor.shape)}, expected {list(layout.shape)}; plan again")
     values = tensor.to(DTYPES[layout.dtype]).contiguous()
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise QuantizationError(f"dense tensor: values do not fit {layout.dtype}; keep it in float32")
     return DenseCodes(layout, values)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvq.errors import ArtifactError, PlanError
 from rwkvq.formats.bitpack import padding_is_zero, unpack_bits
+from rwkvq.tensors import is_finite
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> dtype and shape of every stored tensor of one encoded weight."""
@@ -73,7 +74,7 @@ def check_parts(parts: Mapping[str, Tensor], layout: Layout) -> None:
 
 def check_finite(name: str, part: Tensor) -> None:
     """Raise ArtifactError if a float part holds NaN or Inf."""
-    if not bool(torch.isfinite(part).all()):
+    if not is_finite(part):
         raise ArtifactError(f"part {name!r}: found NaN or Inf, expected finite values; pack again")
 
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from rwkvq.checkpoint.reader import is_finite
 from rwkvq.errors import QuantizationError, ShapeError
 from rwkvq.quantize.factor import factor_in_place, permuted, restore
+from rwkvq.tensors import is_finite
 
 ATTEMPTS = 4
 """Damping is tried as given and then 10, 100 and 1000 times larger."""

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rwkvq.checkpoint.reader import is_finite
 from rwkvq.errors import QuantizationError, ShapeError
 from rwkvq.formats.vector import VectorCodes, VectorLayout, codebooks
 from rwkvq.quantize.codebooks import CHUNK, Vectors, factors, fit, nearest, store, store_factors
+from rwkvq.tensors import is_finite
 
 WEIGHTS = 1 << 22
 """Weights clustered at once."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rwkvq.checkpoint.reader import is_finite
 from rwkvq.errors import QuantizationError, ShapeError
 from rwkvq.formats.scalar import ScalarCodes, ScalarLayout
 from rwkvq.quantize.grid import find_grid, round_to
 from rwkvq.quantize.hessian import row_chunks
+from rwkvq.tensors import is_finite
 
 
 def check_shape(weight: Tensor, layout: ScalarLayout) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkvq.checkpoint.reader import is_finite, open_checkpoint
+from rwkvq.checkpoint.reader import open_checkpoint
 from rwkvq.checkpoint.spec import Version
 from rwkvq.errors import CheckpointError
 from rwkvq.files import sha256_of_file
+from rwkvq.tensors import is_finite
 from tests.tiny import tiny_spec, tiny_tensors, write_tensors, write_tiny
 
 

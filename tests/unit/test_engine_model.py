@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,18 @@ def test_a_streaming_engine_lets_go_of_its_head(path: Path) -> None:
     assert list(engine._outer) == ["head.weight"] and engine._outer["head.weight"].dtype == torch.bfloat16
     engine.hidden_of([random_ids(1, 3)])
     assert not engine._outer
+
+
+def test_a_block_is_gone_when_the_next_is_loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def load(source: WeightSource, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        assert not any(tensor() is not None for tensor in alive), index
+        weights = load_block(source, index, dtype)
+        alive[:] = [weakref.ref(tensor) for tensor in weights.values()]
+        return weights
+
+    engine = Engine(open_checkpoint(path), resident=False)
+    monkeypatch.setattr(model, "load_block", load)
+    engine.hidden_of([random_ids(1, 3), random_ids(2, 4)], workers=2)
+    assert alive

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from rwkvq.checkpoint.reader import open_checkpoint
 from rwkvq.engine.model import Engine
 from rwkvq.evaluation import batches, memory
-from rwkvq.evaluation.batches import map_batches
+from rwkvq.evaluation.batches import map_batches, map_hidden
 from rwkvq.evaluation.continuations import Continuation, score_continuations
 from rwkvq.evaluation.divergence import compare_on_text
 from rwkvq.evaluation.memory import decoded_bytes, engines_for
@@ -119,3 +119,22 @@ def test_a_containers_limit_counts_as_the_end_of_memory(tmp_path: Path, monkeypa
     assert memory.free_bytes() == 2_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes() > 1 << 20
+
+
+def test_no_head_of_the_group_before_stays_beside_a_block(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "GROUP_BYTES", 1)  # one item a group
+    pair = [Engine(engine.source, resident=False) for _ in range(2)]
+    held: list[list[int]] = []
+
+    def hidden_of(ids: Sequence[torch.Tensor], workers: int) -> list[torch.Tensor]:
+        held.append([len(other._outer) for other in pair])
+        return original(ids, workers)
+
+    original = pair[0].hidden_of
+    monkeypatch.setattr(pair[0], "hidden_of", hidden_of)
+
+    def score(item: torch.Tensor, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [other.logits(state) for other, state in zip(pair, states, strict=True)]
+
+    list(map_hidden(score, [torch.ones(1, 3, dtype=torch.int64)] * 2, lambda ids: ids, pair))
+    assert held == [[0, 0], [0, 0]]

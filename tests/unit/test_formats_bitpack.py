@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rwkvq.formats import bitpack
 from rwkvq.formats.bitpack import pack_bits, packed_size, padding_is_zero, unpack_bits
 
 
@@ -29,6 +30,16 @@ def test_streams_agree_with_one_large_integer(bits: int, count: int) -> None:
     assert packed.numel() == packed_size(count, bits) and packed.numel() % 4 == 0
     assert unpack_bits(packed, bits, count).tolist() == codes.tolist()
     assert padding_is_zero(packed, bits, count)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8, 13])
+@pytest.mark.parametrize("count", [15, 16, 17, 100])
+def test_pieces_give_the_same_stream(bits: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 1 << bits, (count,), generator=torch.Generator().manual_seed(bits + 100 * count))
+    whole = pack_bits(codes, bits)
+    monkeypatch.setattr(bitpack, "_PIECE", 2)
+    assert torch.equal(pack_bits(codes, bits), whole)
+    assert unpack_bits(whole, bits, count).tolist() == codes.tolist()
 
 
 def test_three_bit_codes_take_three_eighths_of_a_byte() -> None:

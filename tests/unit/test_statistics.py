@@ -254,7 +254,7 @@ def test_moments_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_that_takes_no_moments_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
-        Spilled.of(torch.ones(2, 2), tmp_path / "file")
+        Spilled.of([torch.ones(2, 2)], 2, tmp_path / "file")
 
 
 def test_wide_batches_are_observed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
