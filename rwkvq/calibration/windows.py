@@ -157,7 +157,7 @@ def _read_table(path: Path) -> pa.Table:
         if footer.num_rows > MAX_WINDOWS or not 0 < footer.num_rows * length <= MAX_TOKENS:
             raise ValueError(f"{footer.num_rows} windows of {length} tokens, at most {MAX_TOKENS} tokens are read")
         groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
-        if any(group.column(0).compression != "UNCOMPRESSED" for group in groups):
+        if sum(group.total_byte_size for group in groups) > path.stat().st_size:
             raise ValueError("it is compressed")
         table = file.read([*found], use_threads=False)
     if any(column.null_count for column in table.columns):
