@@ -6,7 +6,6 @@ cell that fails leaves the others running. Running again does only what is missi
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,6 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_LOGGING_SETTINGS_PATH", str(Path(__file__).with_name("logging.yml")))
-os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
 
 import typer
 from prefect import flow, get_run_logger, task

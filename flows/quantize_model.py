@@ -5,16 +5,11 @@ Runs on an embedded server without any set-up, or reports to a real one that PRE
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_LOGGING_SETTINGS_PATH", str(Path(__file__).with_name("logging.yml")))
-os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
 
 import typer
 from prefect import flow, get_run_logger

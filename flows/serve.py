@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Annotated
 from zoneinfo import available_timezones
 
-# what every process of a deployment needs before it imports Prefect; the server shows the log of each run
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_LOGGING_SETTINGS_PATH", str(Path(__file__).with_name("logging.yml")))
+# before Prefect is imported, like those of flows/__init__.py; the server shows the log of each run
 os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "true")
 
 import typer

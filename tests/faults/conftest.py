@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.flow import Flow, Undisturbed, environment_of, free_port, server
+from tests.faults.flow import Flow, Undisturbed, environment_of, server
 from tests.integration.conftest import pool_of_session, undisturbed
+from tests.processes import free_port
 
 __all__ = ["pool_of_session", "undisturbed"]
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import psutil
 
 from rwkvq import stages
 from rwkvq.run import Run
+from tests import processes
 from tests.commands import copied_run, unfinished
 from tests.small import settings_of, tree_hash
 
@@ -32,23 +32,8 @@ Undisturbed = tuple[Path, dict[str, Any]]
 
 
 def eventually(condition: Callable[[], object], seconds: float = 400) -> bool:
-    """Whether the condition comes true within some time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if condition():
-                return True
-        except psutil.Error:
-            pass
-        time.sleep(0.02)
-    return False
-
-
-def free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    """Whether the condition comes true within some time; a flow of its own takes long on a busy machine."""
+    return processes.eventually(condition, seconds)
 
 
 @contextmanager

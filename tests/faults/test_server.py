@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flows.server import LostEvents
-from tests.faults.flow import TENSOR, Flow, Started, eventually, free_port, server
+from tests.faults.flow import TENSOR, Flow, Started, eventually, server
+from tests.processes import free_port
 
 AGAIN = "Prefect's embedded server: killed by signal 9; starting it again"
 

@@ -8,8 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.processes import eventually, free_port
 from tests.small import tree_hash
 
 pytest.importorskip("prefect")
@@ -92,30 +92,10 @@ def sender(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, api: dict[s
     return Sender(folder, relative, environment, tree_hash(source / "run" / "quantized"))
 
 
-def free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def answers(port: int) -> bool:
     """Whether somebody listens on the port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def eventually(condition: Callable[[], object], seconds: float = 120) -> bool:
-    """Whether the condition comes true within some time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if condition():
-                return True
-        except psutil.Error:
-            pass
-        time.sleep(0.02)
-    return False
 
 
 @contextmanager

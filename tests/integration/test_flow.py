@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import yaml
 
 from rwkvq.run import Run
 from rwkvq.stages import STAGES, run_stage
+from tests.processes import eventually, free_port
 from tests.small import settings_of, tree_hash
 
 pytest.importorskip("prefect")
@@ -86,19 +86,6 @@ class Home:
             lambda: found.extend(item for item in self.processes() if "rwkvq.workers" in item.cmdline()) or found
         )
         return found[0]
-
-
-def eventually(condition: Callable[[], object], seconds: float = 120) -> bool:
-    """Whether the condition comes true within some time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if condition():
-                return True
-        except psutil.Error:
-            pass
-        time.sleep(0.02)
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +163,6 @@ def child(environment: dict[str, str], port: int, *command: object) -> Iterator[
     finally:
         process.terminate()
         process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.slow
