@@ -9,7 +9,7 @@ demo: $(READY)
 	$(VENV)/bin/python -m flows.quantize_model --params params.yaml
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 slow: $(READY)
 	$(VENV)/bin/python -m pytest -m slow

@@ -33,7 +33,7 @@ from rwkvq.models.tokenizer import load_tokenizer
 from rwkvq.plan.bits import totals
 from rwkvq.run import Run
 from rwkvq.settings import apply_overrides, parse
-from rwkvq.stages import run_stage
+from rwkvq.stages import run_stage, stages_of
 from rwkvq.workers import WorkerPool
 
 VECTOR_1D = ("quantize.vector.dimension=1", "quantize.vector.group_rows=4", "quantize.vector.group_columns=64")
@@ -54,8 +54,14 @@ METHODS: dict[str, tuple[str, ...]] = {
     "RWKVQuant, preset camera": ("plan.policy=rwkvquant", "plan.preset=camera"),
     "RWKVQuant, preset official": ("plan.policy=rwkvquant", "plan.preset=official"),
     "RWKVQuant, preset rwkvq": ("plan.policy=rwkvquant", "plan.preset=rwkvq"),
+    "budget, speed": ("plan.policy=budget", "plan.formats=speed", "plan.bpw=3.275"),
+    "budget, quality": ("plan.policy=budget", "plan.formats=quality", "plan.bpw=3.275"),
+    "budget, quality, 2.5 bits": ("plan.policy=budget", "plan.formats=quality", "plan.bpw=2.5"),
 }
+TIMED = ("gradients", "curves", "quantize")
+"""Stages whose seconds the table shows; gradients and curves are made once for all rows of policy budget."""
 CHECKED = ["RTN, asymmetric g64", "GPTQ, symmetric g64 + clip", "RWKVQuant, preset official", "RWKVQuant, preset rwkvq"]
+CHECKED += ["budget, speed", "budget, quality"]
 """Formats and methods of every kind; the independent evaluator steps token by token and takes a minute each."""
 
 
@@ -74,12 +80,11 @@ def make_all(base: dict[str, Any], work: Path, methods: dict[str, tuple[str, ...
         settings = parse(apply_overrides(base, [*overrides, f"seed={seed}"]), name)
         with WorkerPool(Run(settings).workers, settings.run.threads) as pool:
             run = Run(settings, pool)
-            for stage in ("windows", "activations", "proxies", "plan"):
+            seconds = 0.0
+            for stage in stages_of(run)[: stages_of(run).index("pack") + 1]:
+                begin = time.monotonic()
                 run_stage(run, stage)
-            begin = time.monotonic()
-            run_stage(run, "quantize")
-            seconds = time.monotonic() - begin
-            run_stage(run, "pack")
+                seconds += time.monotonic() - begin if stage in TIMED else 0.0
         kept = work / "artifacts" / name.replace(" ", "-").replace(",", "")
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(run.artifact, kept)
@@ -206,8 +211,9 @@ evaluated. Calibration: 128 windows of 512 tokens of `books_calibration.txt`, se
 the packed artifact: {windows} windows of 512 tokens of `books_validation.txt`, first 500 lines of `lambada_dev.jsonl`,
 disjoint from calibration. ± is one standard error over windows. Matrix bits count every stored bit of the matrices and
 LoRA factors, body bits everything but embedding and head, file bits the whole file with its header. Element-wise
-vectors keep their 16 bits except in presets text, camera and official. Seconds: stage `quantize` on
-{len(os.sched_getaffinity(0))} cores of a shared machine.
+vectors keep their 16 bits except in presets text, camera and official. Seconds: stage `quantize`, and where they ran
+`gradients` and `curves` before it (they serve all rows of policy budget), on {len(os.sched_getaffinity(0))} cores of a
+shared machine.
 
 """
 

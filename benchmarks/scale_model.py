@@ -22,7 +22,8 @@ from rwkvq.checkpoint.writer import write_safetensors
 from rwkvq.files import write_json, write_text
 from rwkvq.formats import ScalarLayout, VectorLayout
 from rwkvq.plan.plan import PlannedTensor
-from rwkvq.quantize.block import Inputs, quantize_tensor
+from rwkvq.quantize.block import quantize_tensor
+from rwkvq.quantize.inputs import Inputs
 
 HEAD_SIZE = 64
 _CENTERS = {"time_decay": (-2.0, 1.5), "w0": (0.0, 1.5), "a0": (0.0, 0.5), "v0": (0.0, 0.5), "k_k": (0.85, 0.2)}
@@ -143,4 +144,4 @@ def quantize_one(rows: int, columns: int, method: Literal["gptq", "gptvq"], swee
     name = "blocks.0.ffn.value.weight"
     shape = (rows, columns)
     entry = PlannedTensor(name, name, None, False, "matrix", 0, shape, layout, method, options, "measured", None)
-    quantize_tensor(weight, entry, Inputs({name: moment}, {}))
+    quantize_tensor(weight, entry, Inputs({name: moment}, {}, {}))

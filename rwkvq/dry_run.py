@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -13,17 +14,27 @@ import torch
 
 from rwkvq.calibration.activations import estimate_cache_bytes
 from rwkvq.checkpoint.names import Weight, weights_of
-from rwkvq.formats import ScalarLayout, VectorLayout
+from rwkvq.formats import ScalarLayout, TableLayout, TrellisLayout, VectorLayout
+from rwkvq.formats.trellis import RATES
 from rwkvq.plan.bits import Totals, totals
+from rwkvq.plan.candidates import CurvePoint, candidates_of, read_curves
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.plan.policies import make_plan
+from rwkvq.plan.policies import Curves, make_plan
 from rwkvq.proxies import table
 from rwkvq.run import Run, cores
 from rwkvq.stages import STAGES, WAITS, reason_for, stages_of
 
 _PROCESS_BYTES = 350_000_000
 """A Python process with torch and this library, measured."""
-_SECONDS_PER_WEIGHT = {"rtn": 2e-8, "gptq": 7e-7, "kmeans": 3e-6, "gptvq": 7e-6, "elementwise": 2e-5}
+_SECONDS_PER_WEIGHT = {
+    "rtn": 2e-8,
+    "gptq": 7e-7,
+    "kmeans": 3e-6,
+    "gptvq": 7e-6,
+    "elementwise": 2e-5,
+    "trellis": 4e-6,
+    "table": 5e-7,
+}
 """One-core seconds a weight of each method, measured on rwkv7-9m; the matrix products are counted apart."""
 
 
@@ -124,7 +135,30 @@ def preview_plan(run: Run, rows: Sequence[table.Row] | None = None) -> Plan:
     if reason_for(run, STAGES["plan"]) is None:
         return Plan.read(run.plan)
     found = preview_rows(run) if rows is None else rows
-    return make_plan(run.checkpoint, found, run.settings.plan, run.settings.quantize, run.settings.seed)
+    settings = run.settings
+    return make_plan(
+        run.checkpoint,
+        found,
+        settings.plan,
+        settings.quantize,
+        settings.seed,
+        Curves(preview_curves(run), settings.curves),
+    )
+
+
+def preview_curves(run: Run) -> list[CurvePoint]:
+    """The curves of this run for policy `budget`; before they are measured, those of weights that all matter alike."""
+    if run.settings.plan.policy != "budget":
+        return []
+    if reason_for(run, STAGES["curves"]) is None:
+        return read_curves(run.curves)
+    return [
+        CurvePoint(weight.name, item.label, bits := item.layout.stored_bits(), numel * 4.0 ** (-bits / numel))
+        for weight in _weights(run)
+        if weight.weight_class in ("matrix", "lora")
+        for item in candidates_of(weight, run.settings.curves.state_bits)
+        for numel in (math.prod(weight.shape),)
+    ]
 
 
 def preview_rows(run: Run) -> list[table.Row]:
@@ -184,8 +218,12 @@ def _flops(run: Run, plan: Plan) -> _Flops:
     tokens = run.settings.windows.samples * run.settings.windows.length
     matrices = [entry for entry in plan.tensors if entry.weight_class in ("matrix", "lora")]
     forward = sum(entry.numel for entry in matrices)
-    layouts = [entry.layout for entry in matrices if entry.method in ("gptq", "gptvq")]
-    moments = sum(layout.columns**2 for layout in layouts if isinstance(layout, ScalarLayout | VectorLayout))
+    layouts = [entry.layout for entry in matrices if entry.method in ("gptq", "gptvq", "trellis", "table")]
+    moments = sum(
+        layout.columns**2
+        for layout in layouts
+        if isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout)
+    )
     return _Flops(float(tokens * forward), float(tokens * moments))
 
 
@@ -193,6 +231,13 @@ def _seconds(run: Run, plan: Plan, stage: str, flops: _Flops, rate: float) -> fl
     """Estimated wall seconds of one stage on this run's workers. The recurrence costs about as much as the matmuls."""
     if stage == "activations":
         return 2 * flops.forward / (rate * cores())
+    if stage == "gradients":
+        share = min(1.0, run.settings.gradients.windows / run.settings.windows.samples)
+        return share * 2 * 3 * flops.forward / (rate * cores())  # forward, and twice as much backward
+    if stage == "curves":
+        matrices = [entry for entry in plan.tensors if entry.method in ("trellis", "table")]
+        sampled = len(matrices) * len(RATES) * run.settings.curves.sample * _SECONDS_PER_WEIGHT["trellis"]
+        return (2 * flops.forward / rate + flops.moments / rate + sampled) / run.workers
     if stage == "quantize":
         methods = sum(entry.numel * _SECONDS_PER_WEIGHT.get(entry.method, 0.0) for entry in plan.tensors)
         return (2 * flops.forward / rate + flops.moments / rate + methods) / run.workers

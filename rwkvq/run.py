@@ -13,7 +13,7 @@ from rwkvq.files import sha256_of_file
 from rwkvq.settings import Settings
 from rwkvq.workers import WorkerPool
 
-SHARED = ("windows", "activations", "proxies")
+SHARED = ("windows", "activations", "proxies", "gradients", "curves")
 """Stages whose outputs do not depend on the policy, so that runs of one model may have them in one folder."""
 
 
@@ -59,6 +59,16 @@ class Run:
     def proxies(self) -> Path:
         """Output of stage `proxies`."""
         return self.folder_of("proxies") / "proxies.parquet"
+
+    @property
+    def gradients(self) -> Path:
+        """Output folder of stage `gradients`."""
+        return self.folder_of("gradients") / "gradients"
+
+    @property
+    def curves(self) -> Path:
+        """Output of stage `curves`."""
+        return self.folder_of("curves") / "curves.parquet"
 
     @property
     def plan(self) -> Path:

@@ -18,10 +18,11 @@ MAX_SHOWN = 200
 """Characters of a wrong value that a message repeats."""
 
 GapMode = Literal["raw", "distinct", "unique", "quantile"]
-Policy = Literal["rtn", "sq", "kmeans", "vq", "rwkvquant"]
+Policy = Literal["rtn", "sq", "kmeans", "vq", "rwkvquant", "budget"]
 Preset = Literal["text", "camera", "official", "rwkvq"]
 DecisionMode = Literal["fixed", "percentile", "share", "maxrms"]
 ShareBy = Literal["count", "weights", "bits"]
+FormatSet = Literal["quality", "speed"]
 Bits = Literal[2, 3, 4, 8]
 Dimension = Literal[1, 2, 4]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -66,6 +67,24 @@ class ProxiesSettings(Section):
     """m, the number of gaps in gap mode `quantile`."""
 
 
+class GradientsSettings(Section):
+    """The backward pass that tells how much the loss depends on every output (policy `budget`)."""
+
+    windows: PositiveInt = 64
+    """Calibration windows whose gradients are taken, at most windows.samples."""
+
+
+class CurvesSettings(Section):
+    """What each format would cost each weight (policy `budget`)."""
+
+    state_bits: Annotated[int, Field(ge=8, le=16)] = 12
+    """Bits of a trellis state: each more halves the speed of the encoder for a few percent less loss."""
+    guide: Fraction = 0.5
+    """Share of the loss-weighted second moment in the one that weights are rounded by."""
+    sample: Annotated[int, Field(ge=256)] = 4096
+    """Weights of each tensor that are rounded to measure a format."""
+
+
 class DecisionSettings(Section):
     """How policy `rwkvquant` sends each weight to scalar (SQ) or vector quantization (VQ). None = from the preset."""
 
@@ -91,12 +110,26 @@ class PlanSettings(Section):
 
     policy: Policy = "rwkvquant"
     preset: Preset = "rwkvq"
+    """Of policy `rwkvquant`."""
     decision: DecisionSettings = DecisionSettings()
+    formats: FormatSet = "quality"
+    """Of policy `budget`: every format, or only those that decode at the speed of memory."""
+    bpw: Annotated[float, Field(ge=2.0, le=8.0)] | None = None
+    """Target of policy `budget`: stored bits per weight of matrices and LoRA factors. None = 3.275, unless size is set.
+    """
+    size: str | None = None
+    """Target of policy `budget` for the whole weight file instead, embedding and head included: `1.2GB`, `800MiB`."""
     elementwise: Literal["vq", "rtn", "int8", "fp16"] | None = None
     """Format of the element-wise multiplication weights; None = from the preset."""
     lora: Literal["quantize", "int8", "fp16"] = "quantize"
     emb_bits: Literal[8, 16] = 16
     head_bits: Literal[8, 16] = 16
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PlanSettings:
+        if self.bpw is not None and self.size is not None:
+            raise ValueError("bpw and size are two targets; set one")
+        return self
 
 
 class ScalarSettings(Section):
@@ -201,11 +234,13 @@ class Settings(Section):
     """A .pth or .safetensors checkpoint, or a folder of shards with their index."""
     run_dir: str = "data/runs/default"
     shared_dir: str | None = None
-    """Folder of what runs of one model share: windows, activations, proxies; None = run_dir."""
+    """Folder of what runs of one model share: windows, activations, proxies, gradients, curves; None = run_dir."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     windows: WindowsSettings = WindowsSettings()
     activations: ActivationsSettings = ActivationsSettings()
     proxies: ProxiesSettings = ProxiesSettings()
+    gradients: GradientsSettings = GradientsSettings()
+    curves: CurvesSettings = CurvesSettings()
     plan: PlanSettings = PlanSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from rwkvq.calibration import activations
 from rwkvq.calibration.cache import REMEDY, CacheReader, CacheWriter
+from rwkvq.calibration.gradients import gradients_path
 from rwkvq.checkpoint.storage import open_storage
 from rwkvq.errors import ActivationError, RwkvqError, StoredObjectError
 from rwkvq.files import atomic_path, canonical_json, code_version, make_folder, sha256_of_bytes
@@ -134,6 +135,7 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
             str(folder / "activations"),
             str(folder / "quantized"),
             remote.block,
+            str(folder / "activations"),
         )
         for file in remote.inputs:
             _fetched(store, file, folder / "activations")
@@ -167,14 +169,7 @@ def _result_path(folder: Path, name: str) -> Path:
 
 def _work_keys(job: BlockJob) -> dict[str, str]:
     """Work key by name of every planned tensor of the block."""
-    plan = Plan.read(Path(job.plan))
-    entries = block.planned_for(plan, job.block)
-    windows = activations.cache_windows(Path(job.activations)) if _needs_statistics(job, plan) else ""
-    return {entry.name: block.work_key(entry, plan.model_sha256, windows) for entry in entries}
-
-
-def _needs_statistics(job: BlockJob, plan: Plan) -> bool:
-    return any(entry.method in block.NEEDS_STATISTICS for entry in block.planned_for(plan, job.block))
+    return block.work_keys(job, Plan.read(Path(job.plan)))
 
 
 def _fetch_results(store: Store, folder: Path, keys: Mapping[str, str]) -> list[str]:
@@ -202,9 +197,13 @@ def _files_of(checkpoint: Path) -> dict[str, Path]:
 
 
 def _inputs(job: BlockJob, scratch: Path) -> dict[str, Path]:
-    """The plan and the activation files that the job reads, by name; what has to be made for it is put in `scratch`."""
+    """The plan, the activation files and the gradients that the job reads, by name.
+
+    What has to be made for it is put in `scratch`.
+    """
     files, folder = {_PLAN: Path(job.plan)}, Path(job.activations)
-    if not _needs_statistics(job, Plan.read(Path(job.plan))):
+    entries = block.planned_for(Plan.read(Path(job.plan)), job.block)
+    if not block.needs(entries, block.NEEDS_STATISTICS):
         return files
     own = folder / _FIRST if job.block is None else activations.block_path(folder, job.block)
     for path in (folder / _FIRST, own):
@@ -216,6 +215,9 @@ def _inputs(job: BlockJob, scratch: Path) -> dict[str, Path]:
         files[own.name] = own
     if job.block and (folder / _V_FIRST).is_file():
         files[_V_FIRST] = folder / _V_FIRST
+    if job.block is not None and block.needs(entries, block.NEEDS_GRADIENTS):
+        gradients = gradients_path(Path(job.gradients), job.block)
+        files[gradients.name] = gradients
     return files
 
 

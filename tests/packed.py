@@ -23,13 +23,17 @@ from rwkvq.formats import (
     Layout,
     ScalarCodes,
     ScalarLayout,
+    TableCodes,
+    TableLayout,
+    TrellisCodes,
+    TrellisLayout,
     VectorCodes,
     VectorLayout,
     pack_codes,
 )
 from rwkvq.formats.dense import DTYPES
+from rwkvq.plan.options import OPTIONS_OF
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.plan.tensor import OPTIONS_OF
 from tests.tiny import write_tiny
 
 _OPTIONS: dict[str, Any] = {
@@ -39,6 +43,7 @@ _OPTIONS: dict[str, Any] = {
     "weight": "second_moment",
     "percentile": 99.0,
     "act_order": False,
+    "guide": 0.5,
 }
 PROVENANCE = {"checkpoint_name": "tiny", "settings": {"seed": 0}}
 
@@ -111,6 +116,8 @@ def _choice(source: WeightSource, weight: Weight, turn: int) -> tuple[Layout, st
         (VectorLayout(rows, columns, 4, 512, 40, math.gcd(columns, 64), 16, None), "kmeans"),
         (ScalarLayout(rows, columns, 8, columns, False), "rtn"),
         (ScalarLayout(rows, columns, 2, math.gcd(columns, 64), True), "gptq"),
+        (TrellisLayout(rows, columns, 12 if turn % 2 else 8, 8, math.gcd(rows, 32)), "trellis"),
+        (TableLayout(rows, columns, 2 + turn % 3), "table"),
         (DenseLayout(weight.shape, own), "keep"),
     ]
     return choices[turn % len(choices)]
@@ -142,6 +149,23 @@ def _codes(layout: Layout, key: str) -> Codes:
         scale = halves("scale", 1, 32, 2**-10)
         assert scale is not None
         return ScalarCodes(layout, codes, scale, zero)
+    if isinstance(layout, TableLayout):
+        base = halves("base", 1, 32, 2**-10)
+        assert base is not None
+        return TableCodes(
+            layout,
+            scattered(key, 0, layout.entries, (layout.rows, layout.columns), torch.uint8),
+            scattered(f"{key}selector", 0, 16, (layout.rows, layout.groups), torch.uint8),
+            scattered(f"{key}table", -127, 128, parts["table"], torch.int8),
+            8 * scattered(f"{key}scale", 0, 8, (layout.rows,), torch.uint8),
+            base,
+        )
+    if isinstance(layout, TrellisLayout):
+        codes = scattered(key, 0, 256, parts["codes"], torch.uint8)
+        base = halves("base", 1, 32, 2**-10)
+        assert base is not None
+        # whole octaves, so that scales are powers of two
+        return TrellisCodes(layout, codes, 8 * scattered(f"{key}scale", 0, 8, (layout.rows,), torch.uint8), base)
     scale = halves("scale", 1, 32, 2**-12)
     if isinstance(layout, VectorLayout):
         codes = scattered(key, 0, layout.entries, (layout.rows, layout.columns // layout.dimension), layout.code_dtype)

@@ -10,7 +10,11 @@ from typing import Any
 
 from rwkvq.checkpoint.spec import Version
 from rwkvq.settings import Settings, apply_overrides, parse
+from rwkvq.stages import STAGES
 from tests.tiny import write_byte_vocabulary, write_tiny
+
+LINE = tuple(name for name in STAGES if name not in ("gradients", "curves"))
+"""The stages of the default policy."""
 
 WORDS = [
     "the",
@@ -65,6 +69,8 @@ def write_inputs(folder: Path, version: Version = "x070", suffix: str = ".pth", 
             "held_out": 2,
         },
         "activations": {"batch": 4},
+        "gradients": {"windows": 4},
+        "curves": {"state_bits": 8, "guide": 0.5, "sample": 1024},
         "evaluate": {
             "text": str(folder / "validation.txt"),
             "lambada": str(folder / "lambada.jsonl"),

@@ -191,6 +191,12 @@ def cache_windows(folder: Path) -> str:
         return reader.key.windows_sha256
 
 
+def used_windows(folder: Path, block: int) -> tuple[int, int]:
+    """How many windows of a block's inputs statistics use, and their length. Raises ActivationError."""
+    with CacheReader(block_path(folder, block), _input_of(block)) as reader:
+        return reader.shape.windows - len(reader.shape.held_out), reader.shape.length
+
+
 def read_block(folder: Path, block: int, *, model_sha256: str, batch: int = 2) -> Iterator[InputBatch]:
     """The inputs of a block, `batch` windows at a time; only these are in memory.
 

@@ -63,10 +63,12 @@ class SecondMoment:
         """Bytes of what finish returns."""
         return 4 * self.features**2
 
-    def add(self, x: Tensor) -> None:
-        """Take in x [batch, time, features], float32."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in x [batch, time, features], float32; weights [batch, time], at least 0, None = 1 for every token."""
         rows = x.flatten(0, -2)
         self.tokens += len(rows)
+        if weights is not None:
+            rows = rows * weights.flatten().sqrt()[:, None]
         for index, total in enumerate(self._stripes):
             start = index * _STRIPE
             total += rows[:, start : start + _STRIPE].T @ rows[:, start:]
@@ -166,8 +168,9 @@ def percentile_over_time(x: Tensor, percentile: float) -> Tensor:
 class BlockStatistics:
     """What the windows say about one block.
 
-    second_moments: by site, float32 [in, in], perhaps read from disk at each look; importance: by weight name, float32
-    [size]. tokens: how many went into them. held_out: windows that were left out.
+    second_moments: by site, or by weight name for weights with token weights of their own, float32 [in, in], perhaps
+    read from disk at each look; importance: by weight name, float32 [size]. tokens: how many went into them. held_out:
+    windows that were left out.
     """
 
     second_moments: Moments
@@ -177,21 +180,35 @@ class BlockStatistics:
 
 
 class BlockAccumulator:
-    """The accumulators of one block for the sites that `needs` names; created when a site is first seen."""
+    """The accumulators of one block for the sites that `needs` names; created when a site is first seen.
 
-    def __init__(self, needs: Needs, weighting: Weighting, percentile: float) -> None:
+    token_weights: by weight name, float32 [used windows, time] in the order of the windows, for weights that have a
+    second moment of their own, in which tokens count differently.
+    """
+
+    def __init__(
+        self, needs: Needs, weighting: Weighting, percentile: float, token_weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.tokens = 0
         self.held_out = 0
         self._needs = needs
         self._weighting = weighting
         self._percentile = percentile
+        self._token_weights = token_weights or {}
+        self._windows = slice(0, 0)
         self._moments: dict[str, SecondMoment] = {}
         self._importance: dict[str, ChannelImportance] = {}
+
+    def begin(self, windows: int) -> None:
+        """The next `windows` windows are to be observed."""
+        self._windows = slice(self._windows.stop, self._windows.stop + windows)
 
     def observe(self, site: str, x: Tensor) -> None:
         """Take in what a site sees, x [batch, time, features]."""
         if site in self._needs.moments:
             self._moment(site, x.shape[-1]).add(x)
+        for name in self._needs.weighted.get(site, ()):
+            self._moment(name, x.shape[-1]).add(x, self._token_weights[name][self._windows])
         if site in self._needs.importance:
             self._channels(site, x.shape[-1]).add(x)
 
@@ -252,6 +269,7 @@ def accumulate(
         accumulator.held_out += len(batch.x) - len(used.x)
         accumulator.tokens += used.x.shape[0] * used.x.shape[1]
         for part in used.parts(fitting_batch(spec, used.x.shape[1], len(used.x))):
+            accumulator.begin(len(part.x))
             observe_block(spec, index, weights, part.x, accumulator.observe, v_first=part.v_first)
 
 
@@ -264,15 +282,17 @@ def collect(
     *,
     weighting: Weighting = "second_moment",
     percentile: float = 99,
+    token_weights: Mapping[str, Tensor] | None = None,
     scratch: Path | None = None,
 ) -> BlockStatistics:
     """The statistics that the `wanted` weights of block `index` need, in one pass over `batches`.
 
     weights: of the block by their name inside it, float32 (models.load_block); ffn.value is not used. weighting and
-    percentile: of element-wise weights. scratch: see BlockAccumulator.finish. Raises ActivationError if every window is
-    held out, and what reading `batches` raises.
+    percentile: of element-wise weights. token_weights: see BlockAccumulator. scratch: see
+    its finish. Raises ActivationError if every window is held out, and what reading `batches` raises.
     """
-    accumulator = BlockAccumulator(needs_of(wanted), weighting, percentile)
+    token_weights = token_weights or {}
+    accumulator = BlockAccumulator(needs_of(wanted, token_weights), weighting, percentile, token_weights)
     accumulate(spec, index, weights, batches, accumulator)
     if not accumulator.tokens:
         raise ActivationError(f"block {index}: no window is left for statistics; set windows.samples to 1 or more")

@@ -32,7 +32,7 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed model; must not exist yet.")],
     calibration: Annotated[str, typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a data set's name.")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or the RWKV World vocabulary (.txt).")],
-    policy: Annotated[str, typer.Option(help="rtn, sq, kmeans, vq or rwkvquant.")] = "rwkvquant",
+    policy: Annotated[str, typer.Option(help="rtn, sq, kmeans, vq, rwkvquant or budget.")] = "rwkvquant",
     preset: Annotated[str, typer.Option(help="text, camera, official or rwkvq.")] = "rwkvq",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of making one.")] = None,
     evaluate_text: Annotated[
@@ -107,7 +107,10 @@ def show_summary(run: Run, artifact: Path) -> None:
 
 def stage(
     name: Annotated[
-        str, typer.Argument(help="windows, activations, proxies, plan, quantize, pack, evaluate or report.")
+        str,
+        typer.Argument(
+            help="windows, activations, proxies, gradients, curves, plan, quantize, pack, evaluate, report."
+        ),
     ],
     params: Params = Path("params.yaml"),
     overrides: Set = None,

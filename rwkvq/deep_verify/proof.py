@@ -7,7 +7,6 @@ import random
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,15 @@ from torch import Tensor
 from rwkvq.artifact.layout import entries_of
 from rwkvq.artifact.reader import Artifact
 from rwkvq.artifact.shards import Stored, read_headers, read_tensors
-from rwkvq.calibration.activations import block_path, cache_windows, write_activations
-from rwkvq.calibration.windows import Windows
 from rwkvq.checkpoint.names import extract, weights_of
 from rwkvq.checkpoint.reader import Checkpoint, open_checkpoint
+from rwkvq.deep_verify.cache import Cache
 from rwkvq.deep_verify.records import Check, Records
 from rwkvq.errors import ArtifactError
 from rwkvq.files import Progress, no_progress
 from rwkvq.formats import DenseLayout, dense, pack_codes
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import block
-from rwkvq.run import cores
-from rwkvq.settings import ActivationsSettings
 from rwkvq.stages.blocks import quantized_file
 from rwkvq.threads import single_threaded_torch
 
@@ -97,9 +93,11 @@ def deep_verify(
         kept = work.compare_kept(progress("kept"))
         if entry is None:
             return DeepReport(checks, kept)
-        cache = _Cache(evidence.activations, entry, source, windows, records.settings.activations)
+        cache = Cache(evidence.activations, entry, source, windows, records.settings)
         inputs_folder = cache.fill(folder / "activations", progress("activations"))
-        size = work.compare_quantized(entry, inputs_folder, changed=any(not item.is_same for item in software))
+        gradients = cache.fill_gradients(inputs_folder, folder / "gradients", progress("gradients"))
+        changed = any(not item.is_same for item in software)
+        size = work.compare_quantized(entry, inputs_folder, gradients, changed=changed)
         progress("quantize")(entry.name, 1, 1)
     parts = len(entry.layout.parts())
     return DeepReport(checks, kept, entry.name, entry.method, parts, size, seed, cache.origin)
@@ -119,58 +117,6 @@ def _choose(artifact: Artifact, evidence: Evidence) -> tuple[PlannedTensor | Non
         return None, None
     seed = secrets.randbelow(1 << 32) if evidence.seed is None else evidence.seed
     return quantized[random.Random(seed).choice(sorted(quantized))], seed
-
-
-class _LastBlockReached(Exception):
-    """Ends the computation of activations after the last block that is needed. Never leaves this module."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Cache:
-    """Where the inputs of one weight's block come from: a given cache, or computed from the windows."""
-
-    given: Path | None
-    entry: PlannedTensor
-    source: Checkpoint
-    windows: Windows
-    settings: ActivationsSettings
-
-    @property
-    def origin(self) -> str:
-        """`computed`, `cache` or `not needed`."""
-        if self.entry.method not in block.NEEDS_STATISTICS or self.entry.block is None:
-            return "not needed"
-        return "computed" if self.given is None else "cache"
-
-    def fill(self, folder: Path, progress: Progress) -> Path:
-        """The folder that holds the inputs; `folder` if they have to be computed.
-
-        Raises ActivationError, and ArtifactError if the given cache was made from other windows.
-        """
-        if self.origin == "computed":
-            self._compute(folder, progress)
-        if self.origin != "cache" or self.given is None:
-            return folder
-        if cache_windows(self.given) != self.windows.identity():
-            raise ArtifactError(
-                f"{self.given}: activations of other windows than the artifact's; give its own run folder, or none "
-                "and they are computed again"
-            )
-        return self.given
-
-    def _compute(self, folder: Path, progress: Progress) -> None:
-        """Inputs of blocks 0 to the weight's own; files that nothing reads any more are deleted on the way."""
-        last = self.entry.block or 0
-
-        def reached(step: int) -> None:
-            progress(f"activations of block {step}", step + 1, last + 1)
-            if step > 1:  # the file of block 0 names model and windows of the cache
-                block_path(folder, step - 1).unlink()
-            if step == last:
-                raise _LastBlockReached
-
-        with single_threaded_torch(), suppress(_LastBlockReached):
-            write_activations(self.source, self.windows, folder, self.settings, workers=cores(), on_block=reached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +145,7 @@ class _Work:
             progress(entry.name, done, len(kept))
         return len(kept)
 
-    def compare_quantized(self, entry: PlannedTensor, activations: Path, *, changed: bool) -> int:
+    def compare_quantized(self, entry: PlannedTensor, activations: Path, gradients: Path, *, changed: bool) -> int:
         """Quantize one weight again and compare its parts and its recorded error; return the bytes compared.
 
         changed: plan, code or libraries are not the recorded ones. Raises ArtifactError, and what block.run raises.
@@ -212,6 +158,7 @@ class _Work:
             activations=str(activations),
             out_dir=str(self.folder / "quantized"),
             block=entry.block,
+            gradients=str(gradients),
         )
         with single_threaded_torch():
             block.run(asdict(job), lambda event: None)

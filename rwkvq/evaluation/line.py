@@ -30,7 +30,8 @@ from rwkvq.models.tokenizer import Tokenizer, load_tokenizer
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.policies import make_plan
 from rwkvq.proxies import table
-from rwkvq.quantize.block import Inputs, TensorError, quantize_tensor
+from rwkvq.quantize.block import TensorError, quantize_tensor
+from rwkvq.quantize.inputs import NOTHING
 from rwkvq.run import Run
 
 QUANTIZED = "quantized"
@@ -98,7 +99,7 @@ def write_baseline(run: Run, policy: str) -> Path:
 
     def parts(entry: PlannedTensor) -> tuple[dict[str, Tensor], TensorError]:
         weight = extract(source.tensor(entry.tensor), catalogue[entry.name]).float()
-        return quantize_tensor(weight, entry, Inputs({}, {}))
+        return quantize_tensor(weight, entry, NOTHING)
 
     write_artifact(
         folder,

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from rwkvq.errors import PlanError
-from rwkvq.formats import dense, elementwise, scalar, vector
+from rwkvq.formats import dense, elementwise, scalar, table, trellis, vector
 from rwkvq.formats.dense import DenseCodes, DenseLayout
 from rwkvq.formats.elementwise import ElementwiseCodes, ElementwiseLayout
 from rwkvq.formats.parts import Layout, Parts
 from rwkvq.formats.scalar import ScalarCodes, ScalarLayout
+from rwkvq.formats.table import TableCodes, TableLayout
+from rwkvq.formats.trellis import TrellisCodes, TrellisLayout
 from rwkvq.formats.vector import VectorCodes, VectorLayout
 
 __all__ = [
@@ -28,6 +30,10 @@ __all__ = [
     "Parts",
     "ScalarCodes",
     "ScalarLayout",
+    "TableCodes",
+    "TableLayout",
+    "TrellisCodes",
+    "TrellisLayout",
     "VectorCodes",
     "VectorLayout",
     "decode_parts",
@@ -35,7 +41,7 @@ __all__ = [
     "pack_codes",
 ]
 
-Codes = DenseCodes | ScalarCodes | VectorCodes | ElementwiseCodes
+Codes = DenseCodes | ScalarCodes | VectorCodes | ElementwiseCodes | TrellisCodes | TableCodes
 """An encoded weight in any format."""
 
 
@@ -56,8 +62,8 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    table.name: table
-    for table in (
+    entry.name: entry
+    for entry in (
         Format("dense", DenseLayout, dense.pack, dense.unpack, dense.decode, DenseLayout.from_json),
         Format("scalar", ScalarLayout, scalar.pack, scalar.unpack, scalar.decode, ScalarLayout.from_json),
         Format("vector", VectorLayout, vector.pack, vector.unpack, vector.decode, VectorLayout.from_json),
@@ -69,6 +75,8 @@ FORMATS: dict[str, Format] = {
             elementwise.decode,
             ElementwiseLayout.from_json,
         ),
+        Format("trellis", TrellisLayout, trellis.pack, trellis.unpack, trellis.decode, TrellisLayout.from_json),
+        Format("table", TableLayout, table.pack, table.unpack, table.decode, TableLayout.from_json),
     )
 }
 
@@ -92,5 +100,5 @@ def pack_codes(codes: Codes) -> dict[str, Tensor]:
 
 def decode_parts(layout: Layout, parts: Mapping[str, Tensor]) -> Tensor:
     """Return the weight that stored parts stand for: float32, or its own dtype if dense. Raises ArtifactError."""
-    table = FORMATS[layout.format]
-    return table.decode(table.unpack(parts, layout))
+    form = FORMATS[layout.format]
+    return form.decode(form.unpack(parts, layout))

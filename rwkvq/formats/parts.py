@@ -78,12 +78,12 @@ def check_finite(name: str, part: Tensor) -> None:
         raise ArtifactError(f"part {name!r}: found NaN or Inf, expected finite values; pack again")
 
 
-def check_scale(part: Tensor, *, signed: bool = False) -> None:
-    """Raise ArtifactError unless the part `scale` is finite and above 0, or with `signed` not 0."""
-    check_finite("scale", part)
+def check_scale(part: Tensor, *, signed: bool = False, name: str = "scale") -> None:
+    """Raise ArtifactError unless the part `name` is finite and above 0, or with `signed` not 0."""
+    check_finite(name, part)
     if not bool((part != 0).all() if signed else (part > 0).all()):
         expected = "no zeros" if signed else "values above 0"
-        raise ArtifactError(f"part 'scale': found values down to {float(part.min())}, expected {expected}; pack again")
+        raise ArtifactError(f"part {name!r}: found values down to {float(part.min())}, expected {expected}; pack again")
 
 
 def unpack_stream(parts: Mapping[str, Tensor], name: str, bits: int, count: int) -> Tensor:

@@ -6,6 +6,7 @@ A model is embed, then run_block for every block, then final_norm, then a produc
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = [
     "load_block",
     "observe_block",
     "run_block",
+    "run_block_with_graph",
 ]
 
 
@@ -88,7 +90,31 @@ def run_block(
     recurrent step. v_first [B, T, D]: what block 0 of an x070 model returned for these tokens; None in block 0 and for
     x060. observe sees the input of every weight by its site.
     """
-    state = state or BlockState.zero(spec, x.shape[0], x.dtype)
+    return _run(spec, index, weights, x, state, v_first, observe)
+
+
+@torch.enable_grad()
+def run_block_with_graph(
+    spec: ModelSpec, index: int, weights: Mapping[str, Any], x: Tensor, *, v_first: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As run_block from a zero state, recording the operations for a backward pass: output [B, T, D] and v_first.
+
+    weights may hold taps (calibration.taps) in the place of tensors.
+    """
+    x, _, v_first = _run(spec, index, weights, x, None, v_first, None)
+    return x, v_first
+
+
+def _run(
+    spec: ModelSpec,
+    index: int,
+    weights: Weights,
+    x: Tensor,
+    state: BlockState | None,
+    v_first: Tensor | None,
+    observe: Observe | None,
+) -> tuple[Tensor, BlockState, Tensor | None]:
+    state = state or BlockState.zero(spec, x.shape[0], x.dtype, x.device)
     observe = observe or no_observe
     if spec.version == "x060":
         x, state = rwkv6.run(spec, weights, x, state, observe)
@@ -102,7 +128,7 @@ def observe_block(
     spec: ModelSpec, index: int, weights: Weights, x: Tensor, observe: Observe, *, v_first: Tensor | None = None
 ) -> None:
     """Let `observe` see the same sites as run_block from a zero state, without computing the block's output."""
-    state = BlockState.zero(spec, x.shape[0], x.dtype)
+    state = BlockState.zero(spec, x.shape[0], x.dtype, x.device)
     if spec.version == "x060":
         rwkv6.observe_only(spec, weights, x, state, observe)
     else:

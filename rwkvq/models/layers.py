@@ -35,10 +35,16 @@ class BlockState:
     wkv: Tensor
 
     @classmethod
-    def zero(cls, spec: ModelSpec, batch: int, dtype: torch.dtype = torch.float32) -> BlockState:
+    def zero(
+        cls,
+        spec: ModelSpec,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> BlockState:
         """The state before the first token."""
-        shift = torch.zeros(batch, spec.width, dtype=dtype)
-        wkv = torch.zeros(batch, spec.heads, spec.head_size, spec.head_size, dtype=dtype)
+        shift = torch.zeros(batch, spec.width, dtype=dtype, device=device)
+        wkv = torch.zeros(batch, spec.heads, spec.head_size, spec.head_size, dtype=dtype, device=device)
         return cls(shift, shift.clone(), wkv)
 
 

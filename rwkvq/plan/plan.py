@@ -18,7 +18,8 @@ from rwkvq.documents import read_json
 from rwkvq.errors import CheckpointError, PlanError
 from rwkvq.files import write_json
 from rwkvq.plan.bits import totals
-from rwkvq.plan.tensor import Method, PlannedTensor, ProxyValues, row_difference
+from rwkvq.plan.options import Method
+from rwkvq.plan.tensor import PlannedTensor, ProxyValues, row_difference
 from rwkvq.settings import Policy, Preset
 
 __all__ = ["FORMAT", "Difference", "Method", "Plan", "PlannedTensor", "ProxyValues", "diff"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,15 @@ from rwkvq.checkpoint.reader import Checkpoint
 from rwkvq.errors import PlanError
 from rwkvq.formats import Layout
 from rwkvq.plan import layouts
+from rwkvq.plan.budget import TENSOR_HEADER_BYTES, choose, size_in_bytes
+from rwkvq.plan.candidates import CurvePoint
 from rwkvq.plan.decide import Arm, Candidate, Verdict, decide
+from rwkvq.plan.options import Method
 from rwkvq.plan.plan import Plan
 from rwkvq.plan.presets import Resolved, resolve_preset
-from rwkvq.plan.tensor import Method, PlannedTensor, ProxyValues
+from rwkvq.plan.tensor import PlannedTensor, ProxyValues
 from rwkvq.proxies.table import Row
-from rwkvq.settings import PlanSettings, Policy, QuantizeSettings
+from rwkvq.settings import CurvesSettings, PlanSettings, Policy, QuantizeSettings
 
 ARM_OF: Mapping[Policy, tuple[Arm, Method]] = {
     "rtn": ("sq", "rtn"),
@@ -27,6 +31,11 @@ ARM_OF: Mapping[Policy, tuple[Arm, Method]] = {
     "vq": ("vq", "gptvq"),
 }
 """The arm and method of every matrix under the policies that decide nothing."""
+
+DEFAULT_BPW = 3.275
+"""Target of policy `budget`: the stored bits that the paper states for its models."""
+PARTS_AT_MOST = 5
+"""Stored tensors of one weight in any candidate format."""
 
 METHOD_OF: Mapping[Arm, Method] = {"sq": "gptq", "vq": "gptvq"}
 """The method of each arm under policy `rwkvquant`."""
@@ -41,22 +50,45 @@ class _Choice:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What policy `budget` decides by: the table of stage `curves`, and the settings it was made with."""
+
+    points: Sequence[CurvePoint]
+    settings: CurvesSettings
+
+
 def make_plan(
-    source: Checkpoint, rows: Sequence[Row], plan: PlanSettings, quantize: QuantizeSettings, seed: int
+    source: Checkpoint,
+    rows: Sequence[Row],
+    plan: PlanSettings,
+    quantize: QuantizeSettings,
+    seed: int,
+    curves: Curves | None = None,
 ) -> Plan:
     """Plan every weight of `source`.
 
-    rows: its table of proxies, which policy `rwkvquant` needs and the others only record. Raises PlanError for a group
-    size that does not fit, a target that cannot be met, or a table of another model; SettingsError for settings that
-    contradict each other.
+    rows: its table of proxies, which policy `rwkvquant` needs and the others only record; curves: what policy `budget`
+    needs. Raises PlanError for a group size that does not fit, a target that cannot be met, or a table of another
+    model; SettingsError for settings that contradict each other.
     """
     settings = resolve_preset(plan, quantize)
     shapes = {name: source.shape(name) for name in source.names()}
     weights = weights_of(source.spec, shapes)
     table = _checked_rows(weights, rows)
     decided = [weight for weight in weights if _is_decided(weight, settings)]
-    verdict = _judge(decided, table, settings)
-    choices = [_choose(weight, source.dtype(weight.tensor), settings, verdict) for weight in weights]
+    names = {weight.name for weight in decided}
+    fixed = {w.name: _choose_fixed(w, source.dtype(w.tensor), settings) for w in weights if w.name not in names}
+    if settings.policy == "budget":
+        choices, decision = _spend(decided, fixed, plan, curves)
+        thresholds: dict[str, float] = {}
+    else:
+        verdict = _judge(decided, table, settings)
+        choices = {weight.name: _choose_arm(weight, settings, verdict) for weight in decided}
+        decision = settings.decision.to_json() if settings.policy == "rwkvquant" else {}
+        thresholds = dict(verdict.thresholds)
+    choices |= fixed
+    guide = curves.settings.guide if curves is not None else 0.0
     return Plan(
         model_sha256=source.identity(),
         spec=source.spec,
@@ -64,18 +96,58 @@ def make_plan(
         preset=settings.preset,
         seed=seed,
         bits=settings.bits,
-        decision=settings.decision.to_json() if settings.policy == "rwkvquant" else {},
-        thresholds=dict(verdict.thresholds),
+        decision=decision,
+        thresholds=thresholds,
         tensors=tuple(
-            _planned(weight, shapes[weight.tensor], choice, table.get(weight.name), settings)
-            for weight, choice in zip(weights, choices, strict=True)
+            _planned(weight, shapes[weight.tensor], choices[weight.name], table.get(weight.name), settings, guide)
+            for weight in weights
         ),
         dropped=source.unused,
     )
 
 
+def _spend(
+    decided: Sequence[Weight], fixed: Mapping[str, _Choice], plan: PlanSettings, curves: Curves | None
+) -> tuple[dict[str, _Choice], dict[str, str | float]]:
+    """What policy `budget` gives the decided weights, and its target and prediction for the plan's header."""
+    if curves is None:
+        raise PlanError("policy budget: no table of curves; run the stage `curves` first")
+    numel = sum(math.prod(weight.shape) for weight in decided)
+    target: dict[str, str | float]
+    if plan.size is None:
+        bpw = DEFAULT_BPW if plan.bpw is None else plan.bpw
+        bits, target, words = int(bpw * numel), {"bpw": bpw}, f"plan.bpw {bpw:g}"
+    else:
+        bits, target, words = bits_left(plan.size, decided, fixed), {"size": plan.size}, f"plan.size {plan.size}"
+    chosen = choose(
+        decided,
+        curves.points,
+        bits,
+        state_bits=curves.settings.state_bits,
+        formats=plan.formats,
+        target=words,
+    )
+    choices = {
+        name: _Choice(candidate.layout, candidate.method, chosen.reasons[name])
+        for name, candidate in chosen.candidates.items()
+    }
+    return choices, {
+        **target,
+        "formats": plan.formats,
+        "state_bits": curves.settings.state_bits,
+        "predicted_kl": chosen.loss,
+    }
+
+
+def bits_left(size: str, decided: Sequence[Weight], fixed: Mapping[str, _Choice]) -> int:
+    """What a weight file of `size` leaves for the decided weights, once the others and its header are stored."""
+    stored = sum(choice.layout.stored_bits() for choice in fixed.values())
+    tensors = PARTS_AT_MOST * len(decided) + sum(len(choice.layout.parts()) for choice in fixed.values())
+    return 8 * (size_in_bytes(size) - TENSOR_HEADER_BYTES * (tensors + 1)) - stored
+
+
 def _planned(
-    weight: Weight, tensor_shape: tuple[int, ...], choice: _Choice, row: Row | None, settings: Resolved
+    weight: Weight, tensor_shape: tuple[int, ...], choice: _Choice, row: Row | None, settings: Resolved, guide: float
 ) -> PlannedTensor:
     return PlannedTensor(
         name=weight.name,
@@ -87,7 +159,7 @@ def _planned(
         tensor_shape=tensor_shape,
         layout=choice.layout,
         method=choice.method,
-        options=method_options(choice.method, weight, settings),
+        options=method_options(choice.method, weight, settings, guide),
         reason=choice.reason,
         proxies=_proxy_values(row, settings),
     )
@@ -143,10 +215,8 @@ def _candidate(weight: Weight, row: Row, settings: Resolved) -> Candidate:
     )
 
 
-def _choose(weight: Weight, dtype: torch.dtype, settings: Resolved, verdict: Verdict) -> _Choice:
-    """Layout, method and reason of one weight."""
-    if weight.name in verdict.arms:
-        return _choose_arm(weight, settings, verdict)
+def _choose_fixed(weight: Weight, dtype: torch.dtype, settings: Resolved) -> _Choice:
+    """Layout, method and reason of a weight that the settings alone decide."""
     if weight.weight_class == "elementwise":
         return _choose_elementwise(weight, dtype, settings)
     if weight.weight_class == "lora":
@@ -188,8 +258,8 @@ def _joined(reason: str, remark: str) -> str:
     return f"{reason}; {remark}" if remark else reason
 
 
-def method_options(method: Method, weight: Weight, settings: Resolved) -> dict[str, Any]:
-    """The options of a method as plain values (plan.tensor.OPTIONS_OF)."""
+def method_options(method: Method, weight: Weight, settings: Resolved, guide: float = 0.0) -> dict[str, Any]:
+    """The options of a method as plain values (plan.options.OPTIONS_OF); guide: of methods that gradients guide."""
     scalar, vector, elementwise = settings.scalar, settings.vector, settings.elementwise
     # what is stored in 8 bits outside the arms gains nothing from cutting off extremes
     clip_search = scalar.clip_search and _is_decided(weight, settings)
@@ -212,5 +282,7 @@ def method_options(method: Method, weight: Weight, settings: Resolved) -> dict[s
             "damping": settings.damping,
         },
         "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
+        "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping},
+        "table": {"guide": guide, "row_weights": True, "damping": settings.damping},
     }
     return options[method]

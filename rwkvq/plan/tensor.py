@@ -5,68 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
+from typing import Any, TypedDict, TypeVar, cast, get_args
 
 from rwkvq.checkpoint.names import WeightClass
 from rwkvq.errors import PlanError
-from rwkvq.formats import DenseLayout, ElementwiseLayout, Layout, ScalarLayout, VectorLayout, layout_from_json
+from rwkvq.formats import (
+    DenseLayout,
+    ElementwiseLayout,
+    Layout,
+    ScalarLayout,
+    TableLayout,
+    TrellisLayout,
+    VectorLayout,
+    layout_from_json,
+)
+from rwkvq.plan.options import FORMAT_OF, Method, checked_options
 from rwkvq.settings import GapMode
-
-Method = Literal["keep", "rtn", "gptq", "kmeans", "gptvq", "elementwise"]
-
-FORMAT_OF: Mapping[Method, str] = {
-    "keep": "dense",
-    "rtn": "scalar",
-    "gptq": "scalar",
-    "kmeans": "vector",
-    "gptvq": "vector",
-    "elementwise": "elementwise",
-}
-"""The one format that each method writes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """The values an option may have: of type `kind` (an int serves as a float), low <= value <= high."""
-
-    kind: type
-    low: float
-    high: float
-
-    def accepts(self, value: object) -> bool:
-        """True for a value in range."""
-        fits = type(value) is self.kind or (self.kind is float and type(value) is int)
-        return fits and self.low <= cast(float, value) <= self.high
-
-    def __str__(self) -> str:
-        """What to write instead."""
-        name = "a whole number" if self.kind is int else "a number"
-        return f"{name} from {self.low:g} to {self.high:g}"
-
-
-_FLAG = (True, False)
-_DAMPING = Number(float, 1e-9, 1.0)
-_ITERATIONS = Number(int, 1, 10_000)
-_SWEEPS = Number(int, 0, 20)
-
-OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
-    "keep": {},
-    "rtn": {"clip_search": _FLAG},
-    "gptq": {"clip_search": _FLAG, "static_groups": _FLAG, "act_order": _FLAG, "sweeps": _SWEEPS, "damping": _DAMPING},
-    "kmeans": {"iterations": _ITERATIONS},
-    "gptvq": {
-        "iterations": _ITERATIONS,
-        "exact_assignment": _FLAG,
-        "m_step": _FLAG,
-        "sweeps": _SWEEPS,
-        "damping": _DAMPING,
-    },
-    "elementwise": {
-        "weight": ("second_moment", "mean_sq", "official", "none"),
-        "percentile": Number(float, 50.0, 100.0),
-    },
-}
-"""Options of each method: a range, or the accepted values."""
 
 _KEYS = (
     "name",
@@ -182,7 +136,7 @@ def layout_shape(layout: Layout) -> tuple[int, ...]:
         return layout.shape
     if isinstance(layout, ElementwiseLayout):
         return (layout.size,)
-    assert isinstance(layout, ScalarLayout | VectorLayout)
+    assert isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout)
     return (layout.rows, layout.columns)
 
 
@@ -225,7 +179,7 @@ def _parse(name: str, json: Mapping[str, Any]) -> PlannedTensor:
         tensor_shape=_shape(json),
         layout=layout_from_json(_typed(json, "format", str), json["layout"]),
         method=method,
-        options=_options(method, json["options"]),
+        options=checked_options(method, json["options"]),
         reason=_typed(json, "reason", str),
         proxies=_proxies(json["proxies"]),
     )
@@ -244,25 +198,6 @@ def _shape(json: Mapping[str, Any]) -> tuple[int, ...]:
     if not is_list or not all(type(side) is int and 0 < side < 1 << 31 for side in shape):
         raise PlanError(f"tensor_shape is {shape!r}, expected 1 to {_MAX_AXES} positive integers")
     return tuple(shape)
-
-
-def _options(method: Method, options: Any) -> dict[str, Any]:
-    known = OPTIONS_OF[method]
-    if not isinstance(options, Mapping) or set(options) != set(known):
-        found = ", ".join(map(str, options)) if isinstance(options, Mapping) else repr(options)
-        raise PlanError(f"options of method {method} are {found or 'none'}, expected {', '.join(known) or 'none'}")
-    for key, accepted in known.items():
-        value = options[key]
-        if isinstance(accepted, Number):
-            fits, expected = accepted.accepts(value), str(accepted)
-        else:
-            fits = any(value is item if isinstance(item, bool) else value == item for item in accepted)
-            expected = "true or false" if accepted is _FLAG else " or ".join(map(str, accepted))
-        if not fits:
-            raise PlanError(f"option {key} of method {method} is {value!r}, expected {expected}")
-    if options.get("act_order") and not options["static_groups"]:
-        raise PlanError("option act_order needs static_groups: true")
-    return dict(options)
 
 
 def _proxies(values: Any) -> ProxyValues | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ import safetensors
 import torch
 from torch import Tensor
 
-from rwkvq.calibration import activations, statistics
-from rwkvq.calibration.statistics import Weighting
+from rwkvq.calibration import activations
+from rwkvq.calibration.gradients import gradients_path
 from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
 from rwkvq.checkpoint.writer import write_safetensors
-from rwkvq.errors import QuantizationError
-from rwkvq.files import canonical_json, code_version, sha256_of_bytes
-from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, VectorLayout
-from rwkvq.models import load_block
+from rwkvq.errors import ActivationError, QuantizationError
+from rwkvq.files import canonical_json, code_version, sha256_of_bytes, sha256_of_file
+from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, TableLayout, TrellisLayout, VectorLayout
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.quantize import elementwise, gptq, gptvq, kmeans, rtn
+from rwkvq.quantize import elementwise, gptq, gptvq, kmeans, rtn, tables, trellis
 from rwkvq.quantize.hessian import FLOAT64_COLUMNS, row_chunks
+from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, collect_inputs
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -37,6 +37,7 @@ CODE = (
     "rwkvq.quantize",
     "rwkvq.formats",
     "rwkvq.models",
+    "rwkvq.calibration.gradients",
     "rwkvq.calibration.sites",
     "rwkvq.calibration.spill",
     "rwkvq.calibration.statistics",
@@ -46,7 +47,8 @@ CODE = (
 )
 """The sources that decide the bytes of a quantized tensor."""
 
-NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise"}
+NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table"}
+NEEDS_GRADIENTS = {"trellis", "table"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class BlockJob:
     activations: str
     out_dir: str
     block: int | None
+    gradients: str = ""
+    """Folder of stage `gradients`, for plans with a method in NEEDS_GRADIENTS."""
 
     @property
     def folder(self) -> Path:
@@ -87,8 +91,8 @@ def tensor_path(folder: Path, entry: PlannedTensor) -> Path:
     return folder / f"{entry.name}.safetensors"
 
 
-def work_key(entry: PlannedTensor, model: str, windows: str) -> str:
-    """Hash of all that decides the bytes of this tensor; the windows count only where statistics are used."""
+def work_key(entry: PlannedTensor, model: str, windows: str, gradients: str = "") -> str:
+    """Hash of all that decides the bytes of this tensor; windows and gradients count only where they are used."""
     parts = {
         "tensor": entry.name,
         "layout": entry.layout.to_json(),
@@ -96,9 +100,31 @@ def work_key(entry: PlannedTensor, model: str, windows: str) -> str:
         "options": entry.options,
         "model": model,
         "windows": windows if entry.method in NEEDS_STATISTICS else None,
+        "gradients": gradients if entry.method in NEEDS_GRADIENTS else None,
         "code": code_version(CODE),
     }
     return sha256_of_bytes(canonical_json(parts).encode())
+
+
+def work_keys(work: BlockJob, plan: Plan) -> dict[str, str]:
+    """Work key by name of every planned tensor of a block. Raises ActivationError."""
+    entries = planned_for(plan, work.block)
+    windows = activations.cache_windows(Path(work.activations)) if needs(entries, NEEDS_STATISTICS) else ""
+    gradients = _gradients_hash(work) if needs(entries, NEEDS_GRADIENTS) else ""
+    return {entry.name: work_key(entry, plan.model_sha256, windows, gradients) for entry in entries}
+
+
+def _gradients_hash(work: BlockJob) -> str:
+    assert work.block is not None
+    path = gradients_path(Path(work.gradients), work.block)
+    if not path.is_file():
+        raise ActivationError(f"{path}: no such file; run the gradients stage again")
+    return sha256_of_file(path)
+
+
+def needs(entries: list[PlannedTensor], methods: Collection[str]) -> bool:
+    """Whether any of the entries has one of the methods."""
+    return any(entry.method in methods for entry in entries)
 
 
 def read_done(path: Path, key: str) -> TensorError | None:
@@ -133,8 +159,7 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
     source = open_checkpoint(Path(work.checkpoint))
     plan = Plan.read(Path(work.plan))
     entries = planned_for(plan, work.block)
-    windows = activations.cache_windows(Path(work.activations)) if _needs_statistics(entries) else ""
-    keys = {entry.name: work_key(entry, plan.model_sha256, windows) for entry in entries}
+    keys = work_keys(work, plan)
     done = {entry.name for entry in entries if read_done(tensor_path(work.folder, entry), keys[entry.name])}
     for count, name in enumerate(sorted(done), 1):
         on_event({"tensor": name, "done": count, "total": len(entries), "kept": True})
@@ -151,51 +176,39 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
     return [entry.name for entry in todo]
 
 
-def _needs_statistics(entries: list[PlannedTensor]) -> bool:
-    return any(entry.method in NEEDS_STATISTICS for entry in entries)
-
-
 def _weights(source: WeightSource) -> dict[str, Weight]:
     shapes = {name: source.shape(name) for name in source.names()}
     return {weight.name: weight for weight in weights_of(source.spec, shapes)}
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Statistics by weight name: second moments [in, in] of matrices and LoRA factors, importance [size] of vectors."""
-
-    second_moments: Mapping[str, Tensor]
-    importance: Mapping[str, Tensor]
-
-
 def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor]) -> Inputs:
     wanted = [entry for entry in todo if entry.method in NEEDS_STATISTICS]
     if not wanted or work.block is None:
-        return Inputs({}, {})
+        return NOTHING
     catalogue = _weights(source)
-    choices = {
-        (entry.options["weight"], entry.options["percentile"]) for entry in wanted if entry.method == "elementwise"
-    }
+    elementwise = _common(work, wanted, {"elementwise"}, ("weight", "percentile"), ("none", 100.0))
+    guided = [entry.name for entry in wanted if entry.method in NEEDS_GRADIENTS]
+    (guide,) = _common(work, wanted, NEEDS_GRADIENTS, ("guide",), (0.0,))
+    calibration = Calibration(
+        Path(work.activations), Path(work.gradients), work.folder, guide, elementwise[0], elementwise[1]
+    )
+    return collect_inputs(source, work.block, [catalogue[entry.name] for entry in wanted], guided, calibration)
+
+
+def _common(
+    work: BlockJob,
+    wanted: list[PlannedTensor],
+    methods: Collection[str],
+    keys: tuple[str, ...],
+    default: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """The options `keys` of all weights of `methods`, `default` if there is none. Raises QuantizationError."""
+    choices = {tuple(entry.options[key] for key in keys) for entry in wanted if entry.method in methods}
     if len(choices) > 1:
         raise QuantizationError(
-            f"{work.plan}: block {work.block} asks for {len(choices)} element-wise weightings; use one"
+            f"{work.plan}: block {work.block} asks for {len(choices)} values of {' and '.join(keys)}; use one"
         )
-    weighting: Weighting = "none"
-    percentile = 100.0
-    if choices:
-        weighting, percentile = choices.pop()
-    collected = statistics.collect(
-        source.spec,
-        work.block,
-        load_block(source, work.block, without=("ffn.value.weight",)),
-        activations.read_block(Path(work.activations), work.block, model_sha256=source.identity()),
-        [catalogue[entry.name] for entry in wanted],
-        weighting=weighting,
-        percentile=percentile,
-        scratch=work.folder,
-    )
-    sites = {entry.name: str(catalogue[entry.name].site) for entry in wanted if entry.method != "elementwise"}
-    return Inputs(collected.second_moments.renamed(sites), collected.importance)
+    return choices.pop() if choices else default
 
 
 def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tuple[dict[str, Tensor], TensorError]:
@@ -205,7 +218,7 @@ def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tup
     """
     second_moment = inputs.second_moments.get(entry.name)
     importance = inputs.importance.get(entry.name)
-    codes = _encode(weight, entry, second_moment, importance)
+    codes = _encode(weight, entry, second_moment, importance, inputs.fisher.get(entry.name))
     form = FORMATS[entry.layout.format]
     error = _error(form.decode(codes).reshape(weight.shape), weight, second_moment, importance)
     del second_moment  # packing a wide weight needs the room
@@ -216,7 +229,13 @@ def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tup
     return form.pack(codes), error
 
 
-def _encode(weight: Tensor, entry: PlannedTensor, second_moment: Tensor | None, importance: Tensor | None) -> Any:
+def _encode(
+    weight: Tensor,
+    entry: PlannedTensor,
+    second_moment: Tensor | None,
+    importance: Tensor | None,
+    fisher: Tensor | None,
+) -> Any:
     layout, options = entry.layout, entry.options
     if entry.method == "elementwise":
         assert isinstance(layout, ElementwiseLayout) and importance is not None
@@ -228,6 +247,12 @@ def _encode(weight: Tensor, entry: PlannedTensor, second_moment: Tensor | None, 
     if entry.method == "gptq":
         assert isinstance(layout, ScalarLayout) and second_moment is not None
         return gptq.quantize(matrix, second_moment, layout, gptq.GptqOptions.from_json(options))
+    if entry.method == "trellis":
+        assert isinstance(layout, TrellisLayout) and second_moment is not None and fisher is not None
+        return trellis.quantize(matrix, second_moment, layout, trellis.TrellisOptions.from_json(options), fisher)
+    if entry.method == "table":
+        assert isinstance(layout, TableLayout) and second_moment is not None and fisher is not None
+        return tables.quantize(matrix, second_moment, layout, tables.TableOptions.from_json(options), fisher)
     assert isinstance(layout, VectorLayout)
     if entry.method == "kmeans":
         return kmeans.quantize(matrix, layout, iterations=options["iterations"])

@@ -67,7 +67,9 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
     for attempt in range(ATTEMPTS):
         lower, failed = torch.linalg.cholesky_ex(damped(second_moment, damping * 10**attempt).flip(0, 1))
         if int(failed) == 0:
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(size, dtype=torch.float64), upper=False)
+            inverse = torch.linalg.solve_triangular(
+                lower, torch.eye(size, dtype=torch.float64, device=lower.device), upper=False
+            )
             del lower
             upper: Tensor = inverse.flip(0, 1).float().contiguous()
             if bool(torch.isfinite(upper).all()):
@@ -107,10 +109,11 @@ def inverse_factor_of(second_moment: Tensor, damping: float, order: Tensor | Non
     """Yield U of H, float32 [in, in], with rows and columns of H in `order` [in] if that is given.
 
     U may be overwritten, but only its upper triangle and diagonal, and only these are to be read: above
-    FLOAT64_COLUMNS U lies in the memory of H, which is whole again, bit by bit, at the end. H is not to be read inside.
+    FLOAT64_COLUMNS, but on CUDA, U lies in the memory of H, which is whole again, bit by bit, at the end. H is not to
+    be read inside.
     Raises QuantizationError like inverse_factor.
     """
-    if len(second_moment) <= FLOAT64_COLUMNS:
+    if len(second_moment) <= FLOAT64_COLUMNS or second_moment.is_cuda:
         yield inverse_factor(second_moment if order is None else second_moment[order][:, order], damping)
     elif order is not None:
         with permuted(second_moment, order), _factor_inside(second_moment, damping):

@@ -40,7 +40,7 @@ Values = dict[str, Any]
 
 ARMS: Mapping[str, Arm] = {"scalar": "sq", "vector": "vq"}
 """The arm a matrix went to, by its format."""
-STAGE_ORDER = ("windows", "activations", "proxies", "plan", "quantize", "pack", "evaluate")
+STAGE_ORDER = ("windows", "activations", "proxies", "gradients", "curves", "plan", "quantize", "pack", "evaluate")
 """Stages with a wall time; the report's own is not known while it is written."""
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,14 @@ import safetensors
 from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.errors import QuantizationError
 from rwkvq.files import Progress, remove_leftovers
+from rwkvq.plan.candidates import CurvePoint, write_curves
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.quantize import block
+from rwkvq.quantize import block, curves
+from rwkvq.quantize.trellis import TrellisOptions
 from rwkvq.run import Run
 from rwkvq.settings import RunSettings
 from rwkvq.stages.healing import damaged_outputs, healed
+from rwkvq.threads import map_in_order
 from rwkvq.workers import WorkerPool
 
 log = logging.getLogger("rwkvq.stages")
@@ -48,7 +51,36 @@ def _jobs_of(run: Run, plan: Plan) -> list[block.BlockJob]:
     present = {entry.block for entry in plan.tensors if entry.method != "keep"}
     ordered = sorted(present, key=lambda index: (index is None, index or 0))
     places = str(run.model_path), str(run.plan), str(run.activations), str(run.quantized)
-    return [block.BlockJob(*places, index) for index in ordered]
+    return [block.BlockJob(*places, index, str(run.gradients)) for index in ordered]
+
+
+def measure_curves(run: Run, progress: Progress) -> None:
+    """Stage `curves`: one job a block on the run's pool, or on one of its own; the table is written at the end."""
+    settings, limits = run.settings.curves, run.settings.run
+    spec = run.checkpoint.spec
+    places = str(run.model_path), str(run.activations), str(run.gradients), str(run.curves.parent)
+    numbers = settings.sample, settings.state_bits, settings.guide, TrellisOptions().damping
+    jobs = [curves.CurveJob(*places, block_, *numbers) for block_ in range(spec.layers)]
+
+    def work(pool: WorkerPool, job: curves.CurveJob) -> list[dict[str, Any]]:
+        run_job = partial(
+            pool.run,
+            "rwkvq.quantize.curves:run",
+            asdict(job),
+            timeout=limits.task_timeout,
+            retries=limits.retries,
+            on_event=lambda event: None,
+            label=f"curves-{job.block:03d}",
+        )
+        points: list[dict[str, Any]] = healed(run, run_job)
+        return points
+
+    points: list[CurvePoint] = []
+    with nullcontext(run.pool) if run.pool else WorkerPool(min(run.workers, spec.layers), limits.threads) as pool:
+        for done, found in enumerate(map_in_order(partial(work, pool), jobs, run.workers), 1):
+            points += [CurvePoint(**point) for point in found]
+            progress(f"curves of block {done - 1}", done, spec.layers)
+    write_curves(run.curves, points, {"model_sha256": run.checkpoint.identity()})
 
 
 def run_job_in_pool(

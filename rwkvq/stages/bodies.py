@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from rwkvq.artifact.writer import software_versions, write_artifact
-from rwkvq.calibration import windows
+from rwkvq.calibration import gradients, windows
 from rwkvq.checkpoint.names import weights_of
 from rwkvq.evaluation.line import evaluate_run
 from rwkvq.files import Progress, sha256_of_file
+from rwkvq.plan.candidates import read_curves
 from rwkvq.plan.plan import PlannedTensor
-from rwkvq.plan.policies import make_plan
+from rwkvq.plan.policies import Curves, make_plan
 from rwkvq.proxies import table
 from rwkvq.report.collect import collect_report, write_report
 from rwkvq.run import Run, text_hash, tokenizer_hash
@@ -21,7 +22,7 @@ from rwkvq.stages.healing import build_activations
 from rwkvq.stages.stage import read_seconds
 from rwkvq.threads import map_in_order, single_threaded_torch
 
-PROVENANCE_SECTIONS = ("activations", "plan", "proxies", "quantize", "seed", "windows")
+PROVENANCE_SECTIONS = ("activations", "curves", "gradients", "plan", "proxies", "quantize", "seed", "windows")
 """The settings that decide an artifact's bytes, and are written into it."""
 
 
@@ -61,10 +62,28 @@ def run_proxies(run: Run, progress: Progress) -> None:
     table.write(run.proxies, rows, {"model_sha256": source.identity()})
 
 
+def run_gradients(run: Run, progress: Progress) -> None:
+    """Stage `gradients`."""
+    settings, layers = run.settings, run.checkpoint.spec.layers
+    with single_threaded_torch():
+        gradients.write_gradients(
+            run.checkpoint,
+            windows.read_windows(run.windows),
+            run.activations,
+            run.gradients,
+            count=settings.gradients.windows,
+            seed=settings.seed,
+            workers=run.workers,
+            on_block=lambda block: progress(f"gradients of block {block}", layers - block, layers),
+        )
+
+
 def run_plan(run: Run, progress: Progress) -> None:
     """Stage `plan`."""
     settings = run.settings
-    made = make_plan(run.checkpoint, table.read(run.proxies), settings.plan, settings.quantize, settings.seed)
+    curves = Curves(read_curves(run.curves), settings.curves) if settings.plan.policy == "budget" else None
+    rows = table.read(run.proxies)
+    made = make_plan(run.checkpoint, rows, settings.plan, settings.quantize, settings.seed, curves)
     made.write(run.plan)
     progress("plan", 1, 1)
 

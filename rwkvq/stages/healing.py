@@ -21,7 +21,15 @@ from rwkvq.threads import single_threaded_torch
 
 log = logging.getLogger("rwkvq.stages")
 
-READ_BY = {"activations": ("windows",), "plan": ("proxies",), "pack": ("windows",), "report": ("proxies", "evaluate")}
+READ_BY = {
+    "activations": ("windows",),
+    "gradients": ("windows",),
+    "curves": ("gradients",),
+    "plan": ("proxies", "curves"),
+    "quantize": ("gradients",),
+    "pack": ("windows",),
+    "report": ("proxies", "evaluate"),
+}
 """Earlier stages whose small outputs a stage reads. Not `plan`: an edited plan is the user's decision."""
 _Result = TypeVar("_Result")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rwkvq.artifact.manifest import read_manifest
-from rwkvq.calibration import activations
+from rwkvq.calibration import activations, gradients
 from rwkvq.files import sha256_of_file
 from rwkvq.plan.presets import resolve_preset
-from rwkvq.quantize import block
+from rwkvq.quantize import block, curves
 from rwkvq.run import Run, text_hash, tokenizer_hash
 from rwkvq.stages import blocks, bodies
 from rwkvq.stages.bodies import sections_of
@@ -31,6 +31,14 @@ def _manifest_hash(run: Run, stage: str) -> str:
 
 def _activation_hash(run: Run) -> Hashes:
     return {"activations": _manifest_hash(run, "activations")} if "activations" in stages_of(run) else {}
+
+
+def _gradient_hash(run: Run) -> Hashes:
+    return {"gradients": _manifest_hash(run, "gradients")} if "gradients" in stages_of(run) else {}
+
+
+def _curves_hash(run: Run) -> Hashes:
+    return _of(run.curves) if "curves" in stages_of(run) else {}
 
 
 def _section(*names: str) -> Callable[[Run], dict[str, Any]]:
@@ -76,9 +84,28 @@ STAGES: dict[str, Stage] = {
             bodies.run_proxies,
         ),
         Stage(
+            "gradients",
+            _section("gradients", "seed"),
+            lambda run: {"checkpoint": run.checkpoint.identity()} | _activation_hash(run) | _of(run.windows),
+            lambda run: [run.gradients],
+            gradients.CODE,
+            bodies.run_gradients,
+        ),
+        Stage(
+            "curves",
+            _section("curves"),
+            lambda run: (
+                {"checkpoint": run.checkpoint.identity(), "gradients": _manifest_hash(run, "gradients")}
+                | _activation_hash(run)
+            ),
+            lambda run: [run.curves],
+            curves.CODE,
+            blocks.measure_curves,
+        ),
+        Stage(
             "plan",
             _section("plan", "quantize", "seed"),
-            lambda run: {"checkpoint": run.checkpoint.identity()} | _of(run.proxies),
+            lambda run: {"checkpoint": run.checkpoint.identity()} | _of(run.proxies) | _curves_hash(run),
             lambda run: [run.plan],
             ("rwkvq.plan", "rwkvq.formats"),
             bodies.run_plan,
@@ -86,7 +113,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "quantize",
             lambda run: {},
-            lambda run: _of(run.plan) | _activation_hash(run),
+            lambda run: _of(run.plan) | _activation_hash(run) | _gradient_hash(run),
             lambda run: [run.quantized],
             block.CODE,
             blocks.quantize,
@@ -137,7 +164,10 @@ STAGES: dict[str, Stage] = {
 
 def stages_of(run: Run) -> list[str]:
     """The stages this run needs, in order: a policy without statistics needs no windows' activations."""
-    without = {"activations"} if run.settings.plan.policy in ("rtn", "kmeans") and not _codebooks(run) else set()
+    policy = run.settings.plan.policy
+    without = {"activations"} if policy in ("rtn", "kmeans") and not _codebooks(run) else set()
+    if policy != "budget":
+        without |= {"gradients", "curves"}
     return [name for name in STAGES if name not in without]
 
 

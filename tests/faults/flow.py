@@ -16,11 +16,10 @@ from typing import Any
 
 import psutil
 
-from rwkvq import stages
 from rwkvq.run import Run
 from tests import processes
 from tests.commands import copied_run, unfinished
-from tests.small import settings_of, tree_hash
+from tests.small import LINE, settings_of, tree_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "RWKVQ_TEST_RUN"
@@ -159,7 +158,7 @@ class Flow:
 
         Those of evaluate and report are there too: they stay up to date if pack comes out as before, which saves time.
         """
-        names = list(stages.STAGES)
+        names = list(LINE)
         source = self.undisturbed[0], self.undisturbed[1] | values
         later = {"evaluate", "report"} - {before}
         copied_run(

@@ -87,7 +87,43 @@ def decode_elementwise(parts: dict[str, Array], layout: dict[str, Any]) -> Array
     return parts["codebook"][block, codes].astype(np.float32) * parts["scale"].astype(np.float32)[block]
 
 
-DECODERS = {"scalar": decode_scalar, "vector": decode_vector, "elementwise": decode_elementwise}
+def row_scales(parts: dict[str, Array], rows: int) -> Array:
+    steps = bit_stream(parts["scale"], 6, rows).astype(np.float64)
+    return (2.0 ** (-steps / 8) * parts["base"][0].astype(np.float64)).astype(np.float32)
+
+
+def decode_trellis(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
+    quarter_bits, state_bits, length = layout["quarter_bits"], layout["state_bits"], layout["length"]
+    scales = row_scales(parts, layout["rows"])
+    decoded = np.empty((layout["rows"], layout["columns"]), np.float32)
+    for sequence, columns in enumerate(parts["codes"]):
+        for column, stream in enumerate(columns):
+            bits = [int(byte) >> bit & 1 for byte in stream for bit in range(8)]
+            for place in range(length):
+                end = quarter_bits * (place + 1) // 4
+                own = [bits[(end - state_bits + i) % len(bits)] for i in range(state_bits)]
+                product = sum(bit << i for i, bit in enumerate(own)) * 0x83DCD12D % 2**32
+                value = (sum(product >> shift & 255 for shift in (0, 8, 16, 24)) - 510) / 147.8
+                row = sequence * length + place
+                decoded[row, column] = np.float32(value) * scales[row]
+    return decoded
+
+
+def decode_table(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
+    rows, columns = layout["rows"], layout["columns"]
+    codes = bit_stream(parts["codes"], layout["bits"], rows * columns).reshape(rows, columns)
+    selector = bit_stream(parts["selector"], 4, rows * columns // 16).reshape(rows, columns // 16)
+    entries = parts["table"][selector.repeat(16, 1), codes].astype(np.float32) / np.float32(32)
+    return entries * row_scales(parts, rows)[:, None]
+
+
+DECODERS = {
+    "scalar": decode_scalar,
+    "vector": decode_vector,
+    "elementwise": decode_elementwise,
+    "trellis": decode_trellis,
+    "table": decode_table,
+}
 
 
 def decode_artifact(folder: Path) -> dict[str, Array]:

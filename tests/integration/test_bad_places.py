@@ -22,7 +22,7 @@ from tests.commands import (
     refused,
     unfinished,
 )
-from tests.small import settings_of, tree_hash
+from tests.small import LINE, settings_of, tree_hash
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("shared_workers")
@@ -117,11 +117,11 @@ def limit(disk: Path, free: int) -> None:
     assert mount("-o", f"remount,size={used + free}", disk) == 0
 
 
-@pytest.mark.parametrize("name", stages.STAGES)
+@pytest.mark.parametrize("name", LINE)
 def test_a_stage_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_space(
     capsys: Capture, undisturbed: tuple[Path, dict[str, Any]], mounted: Path, name: str
 ) -> None:
-    names = list(stages.STAGES)
+    names = list(LINE)
     params = copied_run(undisturbed, mounted, tuple(names[: names.index(name)]))
     run = mounted / "run"
     # nothing fits; then the first part of it

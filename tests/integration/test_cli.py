@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from rwkvq import stages
 from rwkvq.checkpoint.reader import open_checkpoint
 from rwkvq.plan.bits import totals
 from rwkvq.plan.plan import Plan
 from tests.commands import Outcome, command, quantize_arguments, refused, unfinished, write_params
-from tests.small import tree_hash
+from tests.small import LINE, tree_hash
 from tests.tiny import write_tensors
 
 Capture = pytest.CaptureFixture[str]
@@ -190,7 +189,7 @@ def test_a_plan_is_a_dry_run(capsys: Capture, undisturbed: tuple[Path, dict[str,
     values = undisturbed[1] | {"run_dir": str(tmp_path / "never")}
     params = write_params(tmp_path / "params.yaml", values)
     found = read_json(command(capsys, "plan", "--params", params, "--json"))
-    assert [item["stage"] for item in found["stages"]] == list(stages.STAGES)
+    assert [item["stage"] for item in found["stages"]] == list(LINE)
     assert found["stages"][0]["why"] == "not run yet"
     assert found["seconds"] > 0 and found["peak_bytes"] > 0 and found["disk_bytes"] > 0
     shown = command(capsys, "plan", "--params", params)

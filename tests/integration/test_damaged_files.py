@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from rwkvq import stages
 from tests.commands import (
     Outcome,
     command,
@@ -19,7 +18,7 @@ from tests.commands import (
     unfinished,
     write_params,
 )
-from tests.small import tree_hash
+from tests.small import LINE, tree_hash
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("shared_workers")
@@ -87,7 +86,7 @@ def test_a_damaged_quantized_tensor_is_quantized_again_before_it_is_packed(
 def test_a_damaged_result_is_refused_by_its_reader_and_built_again_by_its_owner(
     capsys: Capture, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, damaged: str, victim: str, owner: str
 ) -> None:
-    names = list(stages.STAGES)
+    names = list(LINE)
     params = copied_run(undisturbed, tmp_path, tuple(names[: names.index(victim)]))
     path = tmp_path / "run" / damaged
     os.truncate(path, path.stat().st_size // 2)
@@ -105,7 +104,7 @@ def test_a_damaged_result_is_refused_by_its_reader_and_built_again_by_its_owner(
 def test_a_small_result_is_made_again_before_it_is_read(
     capsys: Capture, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, damaged: str, reader: str, how: str
 ) -> None:
-    names = list(stages.STAGES)
+    names = list(LINE)
     params = copied_run(undisturbed, tmp_path, tuple(names[: names.index(reader)]))
     path = tmp_path / "run" / damaged
     if how == "truncated":
@@ -116,7 +115,7 @@ def test_a_small_result_is_made_again_before_it_is_read(
     assert path.read_bytes() == (undisturbed[0] / "run" / damaged).read_bytes()
 
 
-@pytest.mark.parametrize("name", list(stages.STAGES)[1:])
+@pytest.mark.parametrize("name", list(LINE)[1:])
 def test_a_stage_before_its_time_names_what_it_waits_for(
     capsys: Capture, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, name: str
 ) -> None:

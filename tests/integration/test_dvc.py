@@ -14,7 +14,7 @@ from rwkvq.run import Run
 from rwkvq.settings import parse
 from rwkvq.stages import STAGES, run_line
 from tests.repository import PROJECT, RUN, commit, dvc, git, ran, use, write_repository
-from tests.small import tree_hash
+from tests.small import LINE, tree_hash
 
 pytest.importorskip("dvc")
 
@@ -27,14 +27,14 @@ def pipeline() -> dict[str, Any]:
 
 
 def test_the_stages_are_those_of_the_library(pipeline: dict[str, Any]) -> None:
-    commands = {name: f"python -m rwkvq.cli stage {name}" for name in STAGES}
+    commands = {name: f"python -m rwkvq.cli stage {name}" for name in LINE}
     # the cache of activations is no output, so it may be missing where its manifest is there
     assert {name: stage["cmd"] for name, stage in pipeline.items()} == commands | {
         "quantize": [commands["activations"], commands["quantize"]]
     }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", LINE)
 def test_the_code_of_a_stage_is_what_its_manifest_hashes(pipeline: dict[str, Any], name: str) -> None:
     paths = {module.replace(".", "/") for module in STAGES[name].code}
     expected = {path if (PROJECT / path).is_dir() else f"{path}.py" for path in paths}
@@ -43,7 +43,7 @@ def test_the_code_of_a_stage_is_what_its_manifest_hashes(pipeline: dict[str, Any
     assert expected - covered <= listed <= expected
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", LINE)
 def test_the_settings_of_a_stage_are_what_its_manifest_compares(pipeline: dict[str, Any], name: str) -> None:
     run = Run(parse(yaml.safe_load((PROJECT / "params.yaml").read_text()), "params.yaml"))
     run = Run(run.settings.model_copy(update={"model": str(PROJECT / run.settings.model)}))
@@ -51,7 +51,7 @@ def test_the_settings_of_a_stage_are_what_its_manifest_compares(pipeline: dict[s
     assert set(pipeline[name].get("params", [])) == compared
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", LINE)
 def test_the_outputs_of_a_stage_are_those_that_differ_from_run_to_run_left_out(
     pipeline: dict[str, Any], name: str
 ) -> None:
@@ -96,7 +96,7 @@ def test_work_of_the_flow_is_adopted_and_figures_compare(repository: Path) -> No
 
 @pytest.mark.slow
 def test_repro_runs_every_stage_once(repository: Path) -> None:
-    assert ran(dvc("repro", "report")) == list(STAGES)
+    assert ran(dvc("repro", "report")) == list(LINE)
     before = tree_hash(RUN)
     assert ran(dvc("repro", "report")) == []
     assert run_line(Run(parse(use(), "params.yaml")))[0].reason == "up to date"
@@ -107,7 +107,7 @@ def test_repro_runs_every_stage_once(repository: Path) -> None:
     assert "activations" in ran(dvc("repro", "report"))
 
     Path("dvc.lock").unlink()  # after a flow, or in a clone that has none: each stage returns at once
-    assert ran(dvc("repro", "report")) == list(STAGES)
+    assert ran(dvc("repro", "report")) == list(LINE)
     commit("run")
     assert git("status", "--short") == ""
 

@@ -19,7 +19,7 @@ import pytest
 from rwkvq import stages
 from rwkvq.run import Run
 from tests.commands import copied_run, quantize_arguments, unfinished
-from tests.small import settings_of, tree_hash
+from tests.small import LINE, settings_of, tree_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "RWKVQ_TEST_RUN"
@@ -161,7 +161,7 @@ def break_and_resume(
     start: Starter, undisturbed: tuple[Path, dict[str, Any]], name: str, number: int, damage: signal.Signals
 ) -> None:
     """Stop stage `name` while it writes its n-th file, then run it again."""
-    names = list(stages.STAGES)
+    names = list(LINE)
     params, run = copied_run(undisturbed, start.folder, names[: names.index(name)]), run_in(undisturbed, start.folder)
     command = start.paused(number, "stage", name, "--params", params)
     shown = command.strike(damage)
@@ -202,7 +202,7 @@ def test_ctrl_c_while_workers_quantize(
 
 
 def test_a_killed_worker_is_replaced(start: Starter, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    names = list(stages.STAGES)
+    names = list(LINE)
     params, run = copied_run(undisturbed, tmp_path, names[: names.index("quantize")]), run_in(undisturbed, tmp_path)
     command = start("stage", "quantize", "--params", params)
     command.wait_for(run.quantized, "*/*.safetensors")
@@ -219,7 +219,7 @@ def test_a_killed_worker_is_replaced(start: Starter, undisturbed: tuple[Path, di
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("name", [name for name in stages.STAGES if name != "quantize"])
+@pytest.mark.parametrize("name", [name for name in LINE if name != "quantize"])
 def test_every_stage_survives(
     start: Starter, undisturbed: tuple[Path, dict[str, Any]], name: str, number: int, damage: str
 ) -> None:
@@ -233,7 +233,7 @@ def test_every_stage_survives(
 def test_quantize_survives_with_any_number_of_tensors_done(
     start: Starter, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, files: int, damage: str
 ) -> None:
-    names = list(stages.STAGES)
+    names = list(LINE)
     params, run = copied_run(undisturbed, tmp_path, names[: names.index("quantize")]), run_in(undisturbed, tmp_path)
     command = start("stage", "quantize", "--params", params)
     while len(list(run.quantized.glob("*/*.safetensors"))) < files:

@@ -21,9 +21,9 @@ import torch
 import yaml
 
 from rwkvq.run import Run
-from rwkvq.stages import STAGES, run_stage
+from rwkvq.stages import run_stage
 from tests.processes import eventually, free_port
-from tests.small import settings_of, tree_hash
+from tests.small import LINE, settings_of, tree_hash
 
 pytest.importorskip("prefect")
 
@@ -116,7 +116,7 @@ def test_it_needs_no_set_up_and_gives_the_bytes_of_the_command(
 ) -> None:
     assert_same_artifact(home, undisturbed)
     said = [line.split(": ")[1] for line in first_log.splitlines() if ": done in" in line]
-    assert said == list(STAGES)
+    assert said == list(LINE)
 
 
 def test_nothing_leaves_this_machine(home: Home, first_log: str) -> None:
@@ -129,7 +129,7 @@ def test_a_second_run_does_nothing(home: Home, first_log: str) -> None:
     before = tree_hash(home.folder / "run")
     log = home.finish(home.start())
     assert [line.split(" ", 1)[1] for line in log.splitlines() if ":" in line] == [
-        f"run: {s}: up to date" for s in STAGES
+        f"run: {s}: up to date" for s in LINE
     ]
     assert tree_hash(home.folder / "run") == before
 
@@ -199,11 +199,11 @@ def test_a_real_server_shows_runs_and_artifacts(home: Home) -> None:
         flows = {item["name"]: item for item in ask(f"{url}/flow_runs/filter")}
         artifacts = {item["key"]: item for item in ask(f"{url}/artifacts/filter")}
         logs = ask(f"{url}/logs/filter")
-    assert {*STAGES} - {"quantize"} | {"quantize-block-000", "quantize-block-001"} <= {*tasks}
+    assert {*LINE} - {"quantize"} | {"quantize-block-000", "quantize-block-001"} <= {*tasks}
     assert set(tasks.values()) == {"COMPLETED"}
     assert flows[str(home.folder / "served")]["parameters"]["settings"]["quantize"]["bits"] == 3
     assert {key: item["type"] for key, item in artifacts.items()} == {
-        **dict.fromkeys(STAGES, "progress"),
+        **dict.fromkeys(LINE, "progress"),
         "result": "table",
         "report": artifacts["report"]["type"],
     }

@@ -18,7 +18,7 @@ from rwkvq.engine.model import Engine
 from rwkvq.errors import EvaluationError, PlanError
 from rwkvq.plan.bits import totals
 from rwkvq.run import Run
-from tests.small import settings_of, tree_hash, write_inputs
+from tests.small import LINE, settings_of, tree_hash, write_inputs
 
 
 @pytest.fixture(scope="module", params=["x070", "x060"])
@@ -27,7 +27,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     values = write_inputs(folder, request.param, ".pth" if request.param == "x070" else ".safetensors")
     run = Run(settings_of(values))
     results = stages.run_line(run)
-    assert [(result.stage, result.ran) for result in results] == [(name, True) for name in stages.STAGES]
+    assert [(result.stage, result.ran) for result in results] == [(name, True) for name in LINE]
     return values, run
 
 
@@ -44,7 +44,7 @@ def test_a_second_run_has_nothing_to_do(finished: tuple[dict[str, Any], Run]) ->
     values, run = finished
     before = tree_hash(run.folder)
     results = stages.run_line(Run(settings_of(values)))
-    assert [result.ran for result in results] == [False] * len(stages.STAGES)
+    assert [result.ran for result in results] == [False] * len(LINE)
     assert tree_hash(run.folder) == before
 
 
@@ -88,7 +88,7 @@ def test_a_changed_setting_is_named_and_only_what_depends_on_it_runs(
 ) -> None:
     values, _ = finished
     changed = Run(settings_of(values, "quantize.bits=4"))
-    reasons = {name: stages.reason_for(changed, stages.STAGES[name]) for name in stages.STAGES}
+    reasons = {name: stages.reason_for(changed, stages.STAGES[name]) for name in LINE}
     assert reasons["windows"] is reasons["activations"] is reasons["proxies"] is None
     assert reasons["plan"] == "plan differs: quantize.bits 3 -> 4"
 

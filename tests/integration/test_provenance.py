@@ -14,7 +14,7 @@ from rwkvq.artifact.reader import open_artifact
 from rwkvq.run import Run
 from tests.commands import command, refused
 from tests.integration.conftest import SharedPool
-from tests.small import settings_of, tree_hash, write_inputs
+from tests.small import LINE, settings_of, tree_hash, write_inputs
 from tests.tampered import edit, flip
 
 Capture = pytest.CaptureFixture[str]
@@ -30,7 +30,7 @@ def made(
     if request.param == "x070":
         return Run(settings_of(undisturbed[1]))
     run = Run(settings_of(write_inputs(tmp_path_factory.mktemp("deep"), request.param)), SharedPool(1, 1))
-    for name in list(stages.STAGES)[: list(stages.STAGES).index("pack") + 1]:
+    for name in list(LINE)[: list(LINE).index("pack") + 1]:
         stages.run_stage(run, name)
     return run
 

@@ -22,7 +22,8 @@ from rwkvq.deep_verify import DeepReport, Evidence, deep_verify
 from rwkvq.errors import ArtifactError, CheckpointError, RwkvqError, TextError
 from rwkvq.formats import pack_codes
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.quantize.block import Inputs, quantize_tensor
+from rwkvq.quantize.block import quantize_tensor
+from rwkvq.quantize.inputs import NOTHING
 from rwkvq.run import Run
 from rwkvq.stages.bodies import provenance
 from tests.packed import codes_of, plan_of
@@ -62,7 +63,7 @@ def quantized(run: Run, plan: Plan) -> tuple[dict[str, Mapping[str, Tensor]], di
     for entry in plan.tensors:
         if entry.method == "rtn":
             weight = extract(source.tensor(entry.tensor), weights[entry.name]).float()
-            parts[entry.name], error = quantize_tensor(weight, entry, Inputs({}, {}))
+            parts[entry.name], error = quantize_tensor(weight, entry, NOTHING)
             errors[entry.name] = {"weight_error": error.weight_error, "output_error": error.output_error}
         elif entry.method != "keep":
             errors[entry.name] = {"weight_error": 0.03, "output_error": None}

@@ -14,6 +14,8 @@ from rwkvq.formats import (
     ElementwiseLayout,
     Layout,
     ScalarLayout,
+    TableLayout,
+    TrellisLayout,
     VectorLayout,
     layout_from_json,
 )
@@ -26,6 +28,8 @@ LAYOUTS: list[Layout] = [
     VectorLayout(6, 64, 1, 8, 2, 32, 8, 4),
     VectorLayout(6, 64, 4, 16, 6, 64, 16, None),
     ElementwiseLayout(130, 8, 64),
+    TrellisLayout(64, 10, 13, 12, 32),
+    TableLayout(6, 64, 3),
 ]
 
 
@@ -139,8 +143,8 @@ def test_missing_keys_and_unknown_formats_are_plan_errors() -> None:
         layout_from_json("scalar", {"rows": 1})
     with pytest.raises(PlanError, match="mapping"):
         layout_from_json("scalar", [1])  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="known: dense, scalar, vector, elementwise"):
-        layout_from_json("trellis", {})
+    with pytest.raises(PlanError, match="known: dense, scalar, vector, elementwise, trellis, table"):
+        layout_from_json("lattice", {})
 
 
 def test_layouts_that_do_not_tile_the_weight_are_shape_errors() -> None:

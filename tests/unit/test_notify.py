@@ -184,7 +184,7 @@ def test_a_bad_address_neither_fails_nor_leaks(
 
 
 def test_httpx_does_not_log_the_address(tmp_path: Path, webhook: Webhook, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="rwkvq.notify"), caplog.at_level(logging.INFO, logger="httpx"):
         call(write_family(tmp_path))
     assert len(webhook.received) == 1
     assert "127.0.0.1" in caplog.text and "secret-path" not in caplog.text

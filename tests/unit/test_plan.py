@@ -123,7 +123,7 @@ def _other_width(values: dict[str, Any]) -> None:
 
 
 BAD_EDITS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
-    (_set("format", "trellis"), rf"{KEY}: format 'trellis' is unknown; known: dense, scalar"),
+    (_set("format", "lattice"), rf"{KEY}: format 'lattice' is unknown; known: dense, scalar"),
     (_set("method", "magic"), rf"{KEY}: method 'magic' is unknown; known: keep, rtn, gptq"),
     (_keep_as_scalar, rf"{KEY}: method keep writes format dense, but the row has format scalar"),
     (_to_vector, rf"{KEY}: vector layout: found keys"),

@@ -13,9 +13,9 @@ from rwkvq.checkpoint.names import weights_of
 from rwkvq.checkpoint.reader import Checkpoint, open_checkpoint
 from rwkvq.errors import PlanError
 from rwkvq.formats import DenseLayout, ElementwiseLayout, ScalarLayout, VectorLayout, pack_codes
+from rwkvq.plan.options import FORMAT_OF
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.policies import make_plan
-from rwkvq.plan.tensor import FORMAT_OF
 from rwkvq.proxies.table import Row, measure_block
 from rwkvq.quantize.gptq import GptqOptions
 from rwkvq.quantize.gptvq import GptvqOptions

@@ -10,7 +10,7 @@ from rwkvq.report.data import Estimate, QualityRow, ReportData, StageTime
 
 State = Literal["done", "failed", "not run"]
 STATES: tuple[State, ...] = ("done", "failed", "not run")
-SHARED_STAGES = ("windows", "activations", "proxies")
+SHARED_STAGES = ("windows", "activations", "proxies", "gradients", "curves")
 """Stages that run once for all policies of a model."""
 
 

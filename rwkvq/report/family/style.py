@@ -67,6 +67,8 @@ position:sticky;left:0;background:var(--page)}
 .stage-windows{background:var(--p-head)!important}
 .stage-activations{background:var(--p-elementwise)!important}
 .stage-proxies{background:var(--p-keep)!important}
+.stage-gradients{background:var(--e3)!important}
+.stage-curves{background:var(--e4)!important}
 .stage-plan{background:var(--p-emb)!important}
 .stage-quantize{background:var(--p-matrix)!important}
 .stage-pack{background:var(--p-lora)!important}

@@ -10,7 +10,18 @@ from rwkvq.report.data import StageTime
 from rwkvq.report.family.data import FamilyData, shared_stages
 from rwkvq.report.text import seconds_text
 
-KNOWN_STAGES = ("windows", "activations", "proxies", "plan", "quantize", "pack", "evaluate", "report")
+KNOWN_STAGES = (
+    "windows",
+    "activations",
+    "proxies",
+    "gradients",
+    "curves",
+    "plan",
+    "quantize",
+    "pack",
+    "evaluate",
+    "report",
+)
 """Stages with a colour of their own, in the order of the line."""
 
 

@@ -1,0 +1,253 @@
+"""How much the loss depends on the output of every weight: one backward pass of the float model, block by block.
+
+Targets are sampled from the model's own softmax, so the mean squared gradient is the diagonal of the true Fisher
+information: 0.5 * sum_i f_i dW_i H dW_i^T predicts the KL divergence that an error dW costs (docs/method.md 14).
+One block is in memory, beside the gradient of its output for all watched tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwkvq.calibration import activations
+from rwkvq.calibration.activations import InputBatch
+from rwkvq.calibration.taps import tapped
+from rwkvq.calibration.windows import Windows
+from rwkvq.checkpoint.headers import open_safetensors
+from rwkvq.checkpoint.names import Weight, weights_of
+from rwkvq.checkpoint.reader import WeightSource
+from rwkvq.checkpoint.writer import write_safetensors
+from rwkvq.errors import ActivationError
+from rwkvq.files import make_folder, sha256_of_bytes
+from rwkvq.models import batches_at_once, load_block, run_block_with_graph
+from rwkvq.models.layers import layer_norm
+from rwkvq.tensors import is_finite
+from rwkvq.threads import map_in_order
+
+CODE = ("rwkvq.models", "rwkvq.calibration.gradients", "rwkvq.calibration.taps", *activations.CODE)
+"""The sources that decide what this pass finds."""
+CLIP_QUANTILE = 0.999
+"""Token weights above this quantile are cut down to it: single tokens do not decide a second moment."""
+_LOGITS_BYTES = 256 << 20
+"""What the logits of the tokens that are turned into gradients at once may take."""
+_PARTS = ("fisher", "guide", "energy")
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What one weight's output means to the loss.
+
+    fisher float32 [out]: mean over tokens of the squared gradient of the loss at each output. guide float32
+    [windows, length]: a weight for each watched token, its mean squared gradient, scaled so that sum guide |x|^2 is 1.
+    energy: mean over tokens of |x|^2, x the weight's input.
+    """
+
+    fisher: Tensor
+    guide: Tensor
+    energy: float
+
+
+def gradients_path(folder: Path, block: int) -> Path:
+    """File with the sensitivities of a block."""
+    return folder / f"block-{block:03d}.safetensors"
+
+
+def watched_windows(held_out: NDArray[np.bool_], count: int) -> list[int]:
+    """The windows whose gradients are taken: the first `count` that statistics use."""
+    used: list[int] = (~held_out).nonzero()[0][:count].tolist()
+    return used
+
+
+def write_gradients(
+    source: WeightSource,
+    windows: Windows,
+    cache: Path,
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    workers: int = 1,
+    on_block: Callable[[int], None] = lambda block: None,
+) -> list[Path]:
+    """Write the sensitivities of every block into `folder`, from the last to the first; return the files.
+
+    cache: folder of the activation cache of `windows`; count: windows to watch. workers change no byte. Raises
+    CheckpointError, ActivationError (cache damaged, gradients that are not finite), OutputError.
+    """
+    chosen = watched_windows(windows.held_out, count)
+    if not chosen:
+        raise ActivationError("gradients: every window is held out; set windows.samples to 1 or more")
+    work = _Pass(source, windows, cache, make_folder(folder), chosen, seed, workers)
+    for block in reversed(range(source.spec.layers)):
+        work.run(block)
+        on_block(block)
+    return [gradients_path(folder, block) for block in range(source.spec.layers)]
+
+
+class _Sums:
+    """Sums of one weight over its watched tokens."""
+
+    def __init__(self, outputs: int, windows: int, length: int) -> None:
+        self.fisher = torch.zeros(outputs, dtype=torch.float64)
+        self.squares = torch.zeros(windows, length)
+        self.energy = torch.zeros(windows, length)
+
+    def finish(self) -> dict[str, Tensor]:
+        """The parts of a Sensitivity."""
+        limit = float(np.quantile(self.squares.numpy(), CLIP_QUANTILE))
+        clipped = self.squares.clamp_max(limit).double()
+        whole = float((clipped * self.energy).sum())
+        guide = clipped / whole if whole > 0 else torch.zeros_like(clipped)
+        fisher = self.fisher / self.squares.numel()
+        energy = self.energy.double().mean().reshape(1)
+        return {"fisher": fisher.float(), "guide": guide.float(), "energy": energy.float()}
+
+
+class _Pass:
+    """The backward pass; gradients are those of the output of the block that runs next, [windows, length, width]."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        windows: Windows,
+        cache: Path,
+        folder: Path,
+        chosen: list[int],
+        seed: int,
+        workers: int,
+    ) -> None:
+        self.source, self.cache, self.folder, self.chosen, self.seed = source, cache, folder, chosen, seed
+        spec, self.length = source.spec, windows.ids.shape[1]
+        self.workers = batches_at_once(spec, 4 * self.length, workers)  # what is recorded takes several times as much
+        self.gradients = torch.zeros(len(chosen), self.length, spec.width)
+        has_v_first = spec.version == "x070" and spec.layers > 1
+        self.v_first = torch.zeros_like(self.gradients) if has_v_first else None
+        shapes = {name: source.shape(name) for name in source.names()}
+        self.weights = [item for item in weights_of(spec, shapes) if item.weight_class in ("matrix", "lora")]
+
+    def run(self, block: int) -> None:
+        """Take the gradients through a block: write its sensitivities, leave the gradients of its input."""
+        watched = [weight for weight in self.weights if weight.block == block]
+        weights = load_block(self.source, block)
+        head = _Head.of(self.source) if block == self.source.spec.layers - 1 else None
+        count = len(self.chosen)
+        sums = {weight.name: _Sums(weight.shape[0], count, self.length) for weight in watched}
+
+        def step(item: tuple[int, InputBatch]) -> tuple[int, dict[str, tuple[Tensor, Tensor, Tensor]]]:
+            return item[0], self._step(block, weights, watched, head, *item)
+
+        for place, seen in map_in_order(step, self._batches(block), self.workers):
+            for name, (fisher, squares, energy) in seen.items():
+                sums[name].fisher += fisher
+                sums[name].squares[place] = squares
+                sums[name].energy[place] = energy
+        if not is_finite(self.gradients):
+            raise ActivationError(f"block {block}: gradients that are not finite; use an undamaged checkpoint")
+        tensors = {f"{name}::{part}": tensor for name, total in sums.items() for part, tensor in total.finish().items()}
+        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())]
+        write_safetensors(gradients_path(self.folder, block), entries, sorted(tensors.items()), {})
+
+    def _batches(self, block: int) -> Iterator[tuple[int, InputBatch]]:
+        """(place among the watched windows, its inputs), window by window."""
+        places = {window: place for place, window in enumerate(self.chosen)}
+        identity = self.source.identity()
+        for window, batch in enumerate(activations.read_block(self.cache, block, model_sha256=identity, batch=1)):
+            if window in places:
+                yield places[window], batch
+            if window >= self.chosen[-1]:
+                return
+
+    def _step(
+        self,
+        block: int,
+        weights: Mapping[str, Tensor],
+        watched: Sequence[Weight],
+        head: _Head | None,
+        place: int,
+        batch: InputBatch,
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Gradients of one window through a block; by weight: sum g^2 by output, mean g^2 and |x|^2 by token."""
+        seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def note(name: str, x: Tensor, gradient: Tensor) -> None:
+            squares = gradient.square()
+            seen[name] = squares.sum((0, 1), dtype=torch.float64), squares.mean(-1)[0], x.square().sum(-1)[0]
+
+        x = batch.x.requires_grad_()
+        v_first = None if batch.v_first is None else batch.v_first.requires_grad_()
+        y, v_out = run_block_with_graph(self.source.spec, block, tapped(weights, watched, note), x, v_first=v_first)
+        here = slice(place, place + 1)
+        gradient = self.gradients[here] if head is None else head.gradient(y.detach(), self._generator(place))
+        outputs, gradients, inputs = [y], [gradient], [x]
+        if self.v_first is not None and block == 0:
+            assert v_out is not None
+            outputs, gradients = [*outputs, v_out], [*gradients, self.v_first[here]]
+        if v_first is not None:
+            inputs.append(v_first)
+        found = torch.autograd.grad(outputs, inputs, gradients)
+        self.gradients[here] = found[0]
+        if v_first is not None:
+            assert self.v_first is not None
+            self.v_first[here] += found[1]
+        return seen
+
+    def _generator(self, place: int) -> torch.Generator:
+        digest = sha256_of_bytes(f"gradients {self.seed} {self.chosen[place]}".encode())
+        return torch.Generator().manual_seed(int(digest[:12], 16))
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """ln_out and the head [vocab, width], float32."""
+
+    weight: Tensor
+    bias: Tensor
+    head: Tensor
+
+    @classmethod
+    def of(cls, source: WeightSource) -> _Head:
+        """Read them from the checkpoint."""
+        names = ("ln_out.weight", "ln_out.bias")
+        weight, bias = (source.tensor(name).reshape(-1).float() for name in names)
+        return cls(weight, bias, source.tensor("head.weight").float())
+
+    def gradient(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """dL/dy [1, time, width] of the summed cross entropy to targets drawn from the softmax of each token."""
+        with torch.enable_grad():
+            y = y.requires_grad_()
+            normalised = layer_norm(y, self.weight, self.bias)
+        rows = max(1, _LOGITS_BYTES // (4 * len(self.head)))
+        parts = []
+        for some in torch.split(normalised.detach()[0], rows):
+            probabilities = F.linear(some, self.head).softmax(-1)
+            targets = torch.multinomial(probabilities, 1, generator=generator)
+            probabilities.scatter_add_(1, targets, -torch.ones_like(targets, dtype=probabilities.dtype))
+            parts.append(probabilities @ self.head)
+        (result,) = torch.autograd.grad(normalised, y, torch.cat(parts)[None])
+        return result
+
+
+def read_gradients(folder: Path, block: int, names: Sequence[str]) -> dict[str, Sensitivity]:
+    """The sensitivities of the named weights of a block. Raises ActivationError for a missing or damaged file."""
+    path = gradients_path(folder, block)
+    try:
+        with open_safetensors(path) as file:
+            found = {name: [file.get_tensor(f"{name}::{part}") for part in _PARTS] for name in names}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ActivationError(f"{path}: {reason}; run the gradients stage again") from error
+    result = {}
+    for name, (fisher, guide, energy) in found.items():
+        if not (is_finite(fisher) and is_finite(guide) and is_finite(energy)) or guide.dim() != 2:
+            raise ActivationError(f"{path}: damaged ({name}); run the gradients stage again")
+        result[name] = Sensitivity(fisher, guide, float(energy))
+    return result

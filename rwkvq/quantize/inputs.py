@@ -1,0 +1,97 @@
+"""What calibration says about the weights of one block, as quantizers take it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkvq.calibration import activations, statistics
+from rwkvq.calibration.gradients import Sensitivity, read_gradients
+from rwkvq.calibration.statistics import Weighting
+from rwkvq.checkpoint.names import Weight
+from rwkvq.checkpoint.reader import WeightSource
+from rwkvq.errors import ActivationError
+from rwkvq.models import load_block
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Statistics by weight name.
+
+    second_moments [in, in] of matrices and LoRA factors; importance [size] of vectors; fisher [out]: mean squared
+    gradient of the loss at each output, of weights that are guided by gradients.
+    """
+
+    second_moments: Mapping[str, Tensor]
+    importance: Mapping[str, Tensor]
+    fisher: Mapping[str, Tensor]
+
+
+NOTHING = Inputs({}, {}, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Where the statistics of a block come from, and how they are taken.
+
+    cache, gradients: folders of the stages; guide: share of the loss-weighted second moment in that of a guided weight;
+    weighting, percentile: of element-wise weights; scratch: folder for second moments that do not stay in memory.
+    """
+
+    cache: Path
+    gradients: Path
+    scratch: Path
+    guide: float = 0.0
+    weighting: Weighting = "none"
+    percentile: float = 100.0
+
+
+def collect_inputs(
+    source: WeightSource, block: int, wanted: Sequence[Weight], guided: Collection[str], calibration: Calibration
+) -> Inputs:
+    """The statistics of the `wanted` weights of one block; `guided` names those that gradients guide.
+
+    Raises CheckpointError, ActivationError.
+    """
+    sensitivities = read_gradients(calibration.gradients, block, sorted(guided)) if guided else {}
+    used = activations.used_windows(calibration.cache, block)
+    collected = statistics.collect(
+        source.spec,
+        block,
+        load_block(source, block, without=("ffn.value.weight",)),
+        activations.read_block(calibration.cache, block, model_sha256=source.identity()),
+        wanted,
+        weighting=calibration.weighting,
+        percentile=calibration.percentile,
+        token_weights={name: token_weights(item, used, calibration) for name, item in sensitivities.items()},
+        scratch=calibration.scratch,
+    )
+    keys = {
+        weight.name: weight.name if weight.name in sensitivities else str(weight.site)
+        for weight in wanted
+        if weight.weight_class != "elementwise"
+    }
+    fisher = {name: item.fisher for name, item in sensitivities.items()}
+    return Inputs(collected.second_moments.renamed(keys), collected.importance, fisher)
+
+
+def token_weights(sensitivity: Sensitivity, used: tuple[int, int], calibration: Calibration) -> Tensor:
+    """How much each token counts in a guided second moment, float32 [windows, time] for `used` windows and their time.
+
+    (1 - g) plus g times the token's share of the loss-weighted second moment, which is scaled to the trace of the plain
+    one; tokens whose gradients were not taken have the first part only (docs/method.md 14).
+    """
+    windows, length = used
+    guide = sensitivity.guide
+    if len(guide) > windows or guide.shape[1] != length:
+        raise ActivationError(
+            f"{calibration.gradients}: gradients of {list(guide.shape)} tokens, the activations have {[*used]}; "
+            "run the gradients stage again"
+        )
+    result = torch.full((windows, length), 1.0 - calibration.guide)
+    result[: len(guide)] += guide * (calibration.guide * sensitivity.energy * windows * length)
+    return result

@@ -1,0 +1,157 @@
+"""Policy budget: targets in bits and in bytes, the table of curves, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rwkvq.checkpoint.names import Weight
+from rwkvq.checkpoint.reader import Checkpoint
+from rwkvq.errors import PlanError, SettingsError
+from rwkvq.plan.bits import totals
+from rwkvq.plan.budget import size_in_bytes
+from rwkvq.plan.candidates import CurvePoint, candidates_of, read_curves, write_curves
+from rwkvq.plan.plan import Plan
+from rwkvq.plan.policies import Curves, make_plan
+from rwkvq.settings import CurvesSettings, PlanSettings, QuantizeSettings, Settings, parse
+from tests.packed import tiny_source
+from tests.unit.test_gradients import linear_weights
+
+STATE_BITS = 10
+
+
+@pytest.fixture(scope="module", params=["x060", "x070"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_source(tmp_path_factory.mktemp("model"), request.param, width=256, ffn=512)
+
+
+def made_up_curves(source: Checkpoint) -> list[CurvePoint]:
+    """Every other weight matters a hundred times as much."""
+    points = []
+    for block in range(source.spec.layers):
+        for turn, weight in enumerate(linear_weights(source, block)):
+            for item in candidates_of(weight, STATE_BITS):
+                bits, numel = item.layout.stored_bits(), weight.shape[0] * weight.shape[1]
+                loss = (100.0 if turn % 2 else 1.0) * numel * 4.0 ** (-bits / numel)
+                points.append(CurvePoint(weight.name, item.label, bits, loss))
+    return points
+
+
+def plan_for(source: Checkpoint, points: list[CurvePoint], **plan: object) -> Plan:
+    settings = PlanSettings.model_validate({"policy": "budget", **plan})
+    curves = Curves(points, CurvesSettings(state_bits=STATE_BITS, guide=0.25))
+    return make_plan(source, [], settings, QuantizeSettings(damping=0.02), 0, curves)
+
+
+@pytest.mark.parametrize("bpw", [2.3, 3.0, 3.275, 4.5])
+def test_the_bits_are_those_asked_for_and_no_more(source: Checkpoint, bpw: float) -> None:
+    plan = plan_for(source, made_up_curves(source), bpw=bpw)
+    bits = totals(plan).matrix_bits
+    assert bits is not None and bpw - 0.02 < bits <= bpw
+    assert plan.decision["bpw"] == bpw and float(plan.decision["predicted_kl"]) > 0
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_weights_that_matter_get_more_bits(source: Checkpoint) -> None:
+    plan = plan_for(source, made_up_curves(source), bpw=3.275)
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for block in range(source.spec.layers):
+        matters = {item.name: bool(turn % 2) for turn, item in enumerate(linear_weights(source, block))}
+        for entry in plan.tensors:
+            if entry.name in matters:
+                assert entry.layout.format in ("trellis", "table") and entry.method == entry.layout.format
+                assert entry.options == {"guide": 0.25, "row_weights": True, "damping": 0.02}
+                assert "predicted KL" in entry.reason
+                rates[matters[entry.name]].append(entry.layout.nominal_bits())
+    assert min(rates[True]) > max(rates[False])
+
+
+def test_a_size_is_that_of_the_whole_file(source: Checkpoint) -> None:
+    points = made_up_curves(source)
+    for size in ("900kB", "1.0MB", "1000 KiB"):
+        plan = plan_for(source, points, size=size)
+        stored = totals(plan).total_stored_bits / 8
+        assert 0.9 * size_in_bytes(size) < stored < size_in_bytes(size)
+        assert plan.decision["size"] == size
+
+
+def test_targets_out_of_reach_name_the_floor(source: Checkpoint) -> None:
+    points = made_up_curves(source)
+    with pytest.raises(PlanError, match=r"plan\.size 1kB cannot be met: at least 2\.\d+ bits .* 0\.000 are left"):
+        plan_for(source, points, size="1kB")
+    with pytest.raises(PlanError, match=r"plan\.bpw 2 cannot be met: at least 2\.\d+ bits .* choose a larger target"):
+        plan_for(source, points, bpw=2.0)
+
+
+@pytest.mark.parametrize("text", ["", "3", "GB", "-1GB", "1.2 gb", "1e9B", "1GB2", "nanB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(SettingsError, match="expected a number and one of"):
+        size_in_bytes(text)
+
+
+def test_sizes() -> None:
+    sizes = {"1.2GB": 1_200_000_000, "800 MB": 800_000_000, "1.5GiB": 3 << 29, "7B": 7, " 2kB ": 2000}
+    assert {text: size_in_bytes(text) for text in sizes} == sizes
+
+
+def test_two_targets_are_refused() -> None:
+    with pytest.raises(SettingsError, match="set one"):
+        parse({"plan": {"bpw": 3.0, "size": "1GB"}}, "test")
+    assert Settings().plan.bpw is None
+
+
+def test_curves_of_another_model_are_refused(source: Checkpoint) -> None:
+    points = made_up_curves(source)
+    for wrong in (points[1:], [*points[:-1], CurvePoint(points[-1].name, points[-1].candidate, 1, 1.0)], []):
+        with pytest.raises(PlanError, match="run the stage `curves` again"):
+            plan_for(source, wrong, bpw=3.0)
+    with pytest.raises(PlanError, match="run the stage `curves` first"):
+        make_plan(source, [], PlanSettings(policy="budget"), QuantizeSettings(), 0)
+
+
+def test_lora_may_be_kept_out_of_the_budget(source: Checkpoint) -> None:
+    plan = plan_for(source, made_up_curves(source), bpw=3.0, lora="fp16")
+    matrices = [entry for entry in plan.tensors if entry.method == "trellis"]
+    assert {entry.weight_class for entry in matrices} == {"matrix"}
+    assert sum(entry.stored_bits for entry in matrices) <= 3.0 * sum(entry.numel for entry in matrices)
+
+
+def test_a_weight_that_nothing_fits_is_named() -> None:
+    weight = Weight("blocks.0.att.w1", "blocks.0.att.w1", None, "lora", True, (3, 40), 0, "xw")
+    with pytest.raises(PlanError, match=r"att\.w1: no format of policy budget fits it"):
+        candidates_of(weight, 12)
+
+
+def test_short_sides_have_the_rates_that_fill_bytes() -> None:
+    weight = Weight("blocks.0.att.w1", "blocks.0.att.w1", None, "lora", True, (48, 64), 0, "xw")
+    trellis = [item.label for item in candidates_of(weight, 12) if item.layout.format == "trellis"]
+    assert trellis == [f"trellis-{rate}" for rate in ("2", "2.5", "3", "3.5", "4", "4.5", "5")]
+
+
+def test_the_fast_formats_decode_at_the_speed_of_memory(source: Checkpoint) -> None:
+    plan = plan_for(source, made_up_curves(source), bpw=3.5, formats="speed")
+    assert {entry.layout.format for entry in plan.tensors if entry.method != "keep"} == {"table"}
+    assert plan.decision["formats"] == "speed"
+
+
+def test_the_table_survives_and_damage_is_named(tmp_path: Path, source: Checkpoint) -> None:
+    path, points = tmp_path / "curves.parquet", made_up_curves(source)
+    write_curves(path, points, {"model_sha256": source.identity()})
+    assert read_curves(path) == points
+    before = path.read_bytes()
+    write_curves(path, points, {"model_sha256": source.identity()})
+    assert path.read_bytes() == before
+    with pytest.raises(PlanError, match="run the stage `curves` first"):
+        read_curves(tmp_path / "none.parquet")
+    path.write_bytes(before[:100])
+    with pytest.raises(PlanError, match=r"curves\.parquet: no table of curves .* again"):
+        read_curves(path)
+    pq.write_table(pa.table({"name": ["a"]}), path)
+    with pytest.raises(PlanError, match="other columns"):
+        read_curves(path)
+    write_curves(path, [CurvePoint("a", "b", 1, float("nan"))], {})
+    with pytest.raises(PlanError, match="has loss nan"):
+        read_curves(path)

@@ -1,0 +1,74 @@
+"""The table quantizer: distortion, feedback, tables that fit odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rwkvq.errors import QuantizationError, ShapeError
+from rwkvq.formats import TableLayout
+from rwkvq.formats.table import UNIT, decode
+from rwkvq.quantize.hessian import relative_loss
+from rwkvq.quantize.tables import TableOptions, fit_tables, quantize, round_column
+from tests.unit.test_quantize_trellis import correlated
+
+OPTIONS = TableOptions()
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return 0.05 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 0.071), (3, 0.0183), (4, 0.0052)])
+def test_gaussian_weights_cost_what_is_known(bits: int, expected: float) -> None:
+    """0.0181 at 3 bits with free tables on a normal source (docs/method.md 14)."""
+    weight = gaussian(256, 512)
+    decoded = decode(quantize(weight, torch.eye(512), TableLayout(256, 512, bits), OPTIONS, torch.ones(256)))
+    assert relative_loss(weight, decoded, torch.eye(512)) == pytest.approx(expected, rel=0.08)
+
+
+def test_feedback_lowers_the_loss() -> None:
+    weight, moment, layout = gaussian(64, 160), correlated(160, 0), TableLayout(64, 160, 3)
+    alone = decode(quantize(weight, torch.eye(160), layout, OPTIONS, torch.ones(64)))
+    fed = decode(quantize(weight, moment, layout, OPTIONS, torch.ones(64)))
+    assert relative_loss(weight, fed, moment) < 0.75 * relative_loss(weight, alone, moment)
+
+
+def test_levels_are_the_nearest() -> None:
+    levels = torch.tensor([[-1.0, 0.0, 2.0], [0.0, 0.5, 0.6]])
+    codes, errors = round_column(torch.tensor([0.9, 0.56]), levels)
+    assert codes.tolist() == [1, 2]
+    assert errors.tolist() == pytest.approx([0.9, -0.04], abs=1e-6)
+
+
+def test_tables_rise_and_take_the_shape_of_the_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    two_humps = torch.randint(0, 2, (128, 64), generator=generator) * 2.0 - 1
+    columns = two_humps + 0.01 * torch.randn(128, 64, generator=generator)
+    table = fit_tables(columns, torch.ones(64), torch.ones(128), 2).float() * UNIT
+    assert (table[:, 1:] >= table[:, :-1]).all()
+    assert (table.abs() - 1).abs().median() < 0.05
+
+
+def test_zero_weights_dead_inputs_and_heavy_tails() -> None:
+    weight, moment, layout = gaussian(64, 160, 1), correlated(160, 1), TableLayout(64, 160, 3)
+    weight[3] = 0
+    weight[5, 7] = 2.0
+    moment[20], moment[:, 20] = 0, 0
+    decoded = decode(quantize(weight, moment, layout, OPTIONS, torch.ones(64)))
+    assert torch.isfinite(decoded).all() and float(decoded[3].abs().max()) < 1e-3
+    nothing = decode(quantize(torch.zeros(64, 160), moment, layout, OPTIONS, torch.zeros(64)))
+    assert float(nothing.abs().max()) < 1e-6
+
+
+def test_equal_arguments_give_equal_bytes() -> None:
+    weight, moment, layout = gaussian(32, 64, 2), correlated(64, 2), TableLayout(32, 64, 3)
+    first, second = (quantize(weight, moment, layout, OPTIONS, torch.ones(32)) for _ in range(2))
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.table, second.table)
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ShapeError, match="does not fit"):
+        quantize(gaussian(8, 32), torch.eye(32), TableLayout(8, 64, 3), OPTIONS, torch.ones(8))
+    with pytest.raises(QuantizationError, match="NaN"):
+        quantize(gaussian(8, 32) * float("nan"), torch.eye(32), TableLayout(8, 32, 3), OPTIONS, torch.ones(8))

@@ -1,0 +1,115 @@
+"""The Viterbi search against all streams there are, and against published distortions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvq.formats import TrellisCodes, TrellisLayout
+from rwkvq.formats.trellis import codebook, decode
+from rwkvq.quantize.viterbi import encode_columns
+
+
+def encoded(targets: np.ndarray, layout: TrellisLayout, weights: np.ndarray | None = None) -> TrellisCodes:
+    """Encode targets [rows, columns] without feedback, with scales of 1."""
+    columns = np.ascontiguousarray(targets.T.astype(np.float32))
+    ones = np.ones(layout.rows, np.float32) if weights is None else weights.astype(np.float32)
+    streams, errors = encode_columns(columns.copy(), ones, np.zeros((len(columns),) * 2, np.float32), layout)
+    scale = torch.zeros(layout.rows, dtype=torch.uint8)
+    codes = TrellisCodes(layout, torch.from_numpy(streams), scale, torch.ones(1, dtype=torch.float16))
+    np.testing.assert_allclose(decode(codes).numpy(), (columns - errors).T, rtol=0, atol=1e-5)
+    return codes
+
+
+def all_values(layout: TrellisLayout) -> torch.Tensor:
+    """The weights [streams, length] of every stream that one sequence can have."""
+    bits = 8 * layout.sequence_bytes
+    streams = torch.arange(1 << bits)
+    circle = streams | streams << bits
+    ends = torch.tensor(layout.widths()).cumsum(0)
+    starts = (ends - layout.state_bits) % bits
+    return codebook(layout.state_bits)[(circle[:, None] >> starts) & ((1 << layout.state_bits) - 1)]
+
+
+@pytest.mark.parametrize(("quarter_bits", "length"), [(8, 8), (8, 4), (16, 4)])
+def test_no_stream_with_the_same_seam_is_better(quarter_bits: int, length: int) -> None:
+    layout = TrellisLayout(length, 6, quarter_bits, 8, length)
+    generator = np.random.default_rng(quarter_bits + length)
+    targets, weights = generator.standard_normal((length, 6)), generator.uniform(0.5, 2, length)
+    codes = encoded(targets, layout, weights)
+    found, values = decode(codes).double().numpy(), all_values(layout).double().numpy()
+    bits = 8 * layout.sequence_bytes
+    seam = layout.state_bits - layout.widths()[0]  # the last bits of the stream, which the first state sees
+    for column in range(6):
+        costs = (values - targets[:, column]) ** 2 @ weights
+        own = int.from_bytes(bytes(codes.codes[0, column].tolist()), "little")
+        same_seam = np.arange(1 << bits) >> (bits - seam) == own >> (bits - seam)
+        reached = float((found[:, column] - targets[:, column]) ** 2 @ weights)
+        assert reached == pytest.approx(costs[own], rel=1e-4)
+        assert reached <= costs[same_seam].min() * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("quarter_bits", "state_bits", "expected"),
+    [(8, 12, 0.0735), (12, 12, 0.0195), (13, 12, 0.0145), (16, 12, 0.0055), (12, 8, 0.0238), (12, 10, 0.0213)],
+)
+def test_gaussian_weights_cost_what_others_found(quarter_bits: int, state_bits: int, expected: float) -> None:
+    """Mean squared error on a standard normal source (docs/method.md 14)."""
+    targets = np.random.default_rng(0).standard_normal((256, 40))
+    codes = encoded(targets, TrellisLayout(256, 40, quarter_bits, state_bits, 256))
+    assert float(((decode(codes).numpy() - targets) ** 2).mean()) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(16, 0.0285), (32, 0.0211), (64, 0.0195), (128, 0.0192)])
+def test_short_sequences_pay_for_their_seam(length: int, expected: float) -> None:
+    """At L = 12, k = 3: the bits that close a circle decide less and less."""
+    targets = np.random.default_rng(0).standard_normal((length, 8192 // length))
+    codes = encoded(targets, TrellisLayout(length, 8192 // length, 12, 12, length))
+    assert float(((decode(codes).numpy() - targets) ** 2).mean()) == pytest.approx(expected, rel=0.06)
+
+
+def test_errors_are_fed_into_later_columns() -> None:
+    layout = TrellisLayout(32, 3, 12, 10, 32)
+    targets = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    feedback = np.array([[9, 0.5, -0.25], [9, 9, 0.125], [9, 9, 9]], np.float32)
+    ones = np.ones(32, np.float32)
+    moved = targets.copy()
+    streams, errors = encode_columns(moved, ones, feedback, layout)
+    expected = targets.copy()
+    for column in range(3):
+        alone, error = encode_columns(expected[column : column + 1].copy(), ones, np.zeros((1, 1), np.float32), layout)
+        assert (alone[:, 0] == streams[:, column]).all()
+        np.testing.assert_array_equal(error[0], errors[column])
+        for later in range(column + 1, 3):
+            expected[later] -= feedback[column, later] * error[0]
+    np.testing.assert_array_equal(moved, expected)
+
+
+def test_rows_that_count_more_get_less_error() -> None:
+    layout, targets = TrellisLayout(256, 20, 12, 10, 256), np.random.default_rng(2).standard_normal((256, 20))
+    weights = np.where(np.arange(256) % 2, 9.0, 1.0)
+    error = (decode(encoded(targets, layout, weights)).numpy() - targets) ** 2
+    plain = (decode(encoded(targets, layout)).numpy() - targets) ** 2
+    assert error[1::2].mean() < 0.8 * plain.mean() < 0.8 * error[::2].mean()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("quarter_bits", "length", "rows"), [(12, 256, 512), (13, 64, 192), (10, 32, 96), (20, 256, 256)]
+)
+def test_a_gpu_finds_paths_as_good(quarter_bits: int, length: int, rows: int) -> None:
+    from rwkvq.quantize.viterbi_cuda import encode_columns_cuda
+
+    layout, generator = TrellisLayout(rows, 24, quarter_bits, 12, length), torch.Generator().manual_seed(0)
+    targets, weights = torch.randn(24, rows, generator=generator), torch.rand(rows, generator=generator) + 0.5
+    feedback = 0.1 * torch.randn(24, 24, generator=generator)
+    moved = targets.cuda()
+    streams, errors = encode_columns_cuda(moved, weights.cuda(), feedback.cuda(), layout)
+    base, scale = torch.ones(1, dtype=torch.float16), torch.zeros(rows, dtype=torch.uint8)
+    decoded = decode(TrellisCodes(layout, streams.cpu(), scale, base))
+    torch.testing.assert_close(decoded.t(), (moved - errors).cpu(), rtol=0, atol=1e-5)
+    _, expected = encode_columns(targets.numpy().copy(), weights.numpy(), feedback.numpy(), layout)
+    np.testing.assert_allclose(errors[0].cpu(), expected[0], rtol=0, atol=1e-5)  # later columns see other roundings
+    cost, cost_here = (float((weights * error**2).mean()) for error in (errors.cpu(), torch.from_numpy(expected)))
+    assert cost == pytest.approx(cost_here, rel=0.05)
