@@ -21,6 +21,8 @@ from rwkvq.quantize.hessian import check_statistics, inverse_factor_of
 from rwkvq.quantize.options import read_options
 from rwkvq.quantize.viterbi import encode_columns
 
+AMPLITUDE = 1.12
+"""Row scales in root mean squares of their rows: feedback widens what is rounded (docs/evidence.md, policy budget)."""
 BLOCK = 128
 """Columns, at most, between two updates of all later columns."""
 
@@ -57,7 +59,7 @@ def quantize(
         raise ShapeError(f"weight {list(weight.shape)} does not fit the layout [{layout.rows}, {layout.columns}]")
     check_statistics(weight, second_moment)
     weight = weight.float()
-    scale, base = find_row_scales(weight)
+    scale, base = find_row_scales(AMPLITUDE * weight)
     scales = scales_of(scale, base)
     columns = (weight / scales[:, None]).t().contiguous()  # [in, out]
     importance = search_weights(scales, fisher if options.row_weights else None)

@@ -93,7 +93,7 @@ def test_inspect(capsys: Capture, folder: Path, artifact: Path, monkeypatch: pyt
     plain = read_json(command(capsys, "inspect", folder / "model.pth", "--json"))
     assert (plain["kind"], plain["layers"], plain["vocab"]) == ("checkpoint", 2, 320)
     assert {"tensor": "emb.weight", "shape": "[320, 128]", "dtype": "torch.bfloat16"} in plain["tensors"]
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("rwkvq.cli.display.console.width", 200)
     shown = command(capsys, "inspect", artifact, "--tensors")
     assert shown.code == 0 and shown.out == "" and "blocks.0.att.key.weight" in shown.err
 
