@@ -29,12 +29,11 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The label chosen for each item, sums of bits and losses, and what one more bit would save about (loss a bit)."""
+    """The label chosen for each item, and the sums of bits and losses."""
 
     labels: dict[str, str]
     bits: int
     loss: float
-    price: float
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Allocation:
@@ -58,7 +57,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Allocation
     while _exchange_pair(chosen, options, budget):
         _spend(chosen, options, budget)
     labels = {name: option.label for name, option in chosen.items()}
-    return Allocation(labels, _bits(chosen), sum(option.loss for option in chosen.values()), high)
+    return Allocation(labels, _bits(chosen), sum(option.loss for option in chosen.values()))
 
 
 def _bits(chosen: Mapping[str, Option]) -> int:

@@ -20,11 +20,10 @@ TENSOR_HEADER_BYTES = 160
 
 @dataclass(frozen=True, slots=True)
 class BudgetChoice:
-    """The candidate of every decided weight and why, and the sums of the plan."""
+    """The candidate of every decided weight and why, and the sum of the predicted losses."""
 
     candidates: Mapping[str, Candidate]
     reasons: Mapping[str, str]
-    bits: int
     loss: float
 
 
@@ -78,7 +77,7 @@ def choose(
     made = allocate(options, budget)
     candidates = {name: known[name][label] for name, label in made.labels.items()}
     reasons = {name: _reason(choices, made.labels[name]) for name, choices in options.items()}
-    return BudgetChoice(candidates, reasons, made.bits, made.loss)
+    return BudgetChoice(candidates, reasons, made.loss)
 
 
 def _numel(weight: Weight) -> int:

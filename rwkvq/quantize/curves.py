@@ -27,8 +27,7 @@ from rwkvq.quantize.block import OnEvent
 from rwkvq.quantize.hessian import inverse_factor_of
 from rwkvq.quantize.inputs import Calibration, collect_inputs
 from rwkvq.quantize.tables import choose_tables, fit_tables, round_column
-from rwkvq.quantize.trellis import find_row_scales, search_weights
-from rwkvq.quantize.viterbi import encode_columns
+from rwkvq.quantize.trellis import encode, find_row_scales, search_weights
 
 CODE = (*BLOCK_CODE, "rwkvq.plan.candidates")
 """The sources that decide the curves."""
@@ -120,8 +119,8 @@ def rounded(sample: Tensor, layout: Layout, rows: Tensor, importance: Tensor) ->
     """The rounding errors [out, n] of sampled columns in units of their rows' scales, without feedback."""
     if isinstance(layout, TrellisLayout):
         narrow = TrellisLayout(**{**layout.to_json(), "columns": sample.shape[1]})
-        targets, feedback = sample.t().contiguous().numpy(), torch.zeros(sample.shape[1], sample.shape[1]).numpy()
-        return torch.from_numpy(encode_columns(targets, rows.numpy(), feedback, narrow)[1]).t()
+        no_feedback = torch.zeros(sample.shape[1], sample.shape[1])
+        return encode(sample.t().contiguous(), rows, no_feedback, narrow)[1].t()
     assert isinstance(layout, TableLayout)
     importance = importance / importance.mean()
     values = fit_tables(sample.t().contiguous(), rows, importance, layout.bits).float() * UNIT

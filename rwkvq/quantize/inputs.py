@@ -57,8 +57,12 @@ def collect_inputs(
 
     Raises CheckpointError, ActivationError.
     """
-    sensitivities = read_gradients(calibration.gradients, block, sorted(guided)) if guided else {}
-    used = activations.used_windows(calibration.cache, block)
+    sensitivities: dict[str, Sensitivity] = {}
+    weights_of_tokens: dict[str, Tensor] = {}
+    if guided:
+        sensitivities = read_gradients(calibration.gradients, block, sorted(guided))
+        used = activations.used_windows(calibration.cache, block)
+        weights_of_tokens = {name: token_weights(item, used, calibration) for name, item in sensitivities.items()}
     collected = statistics.collect(
         source.spec,
         block,
@@ -67,7 +71,7 @@ def collect_inputs(
         wanted,
         weighting=calibration.weighting,
         percentile=calibration.percentile,
-        token_weights={name: token_weights(item, used, calibration) for name, item in sensitivities.items()},
+        token_weights=weights_of_tokens,
         scratch=calibration.scratch,
     )
     keys = {

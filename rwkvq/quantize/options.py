@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, TypeVar
 
 from rwkvq.errors import PlanError
 
@@ -39,3 +39,21 @@ def _fraction(value: Any, may_be_zero: bool) -> tuple[bool, str]:
     """Whether the value fits, and what is expected."""
     fits = type(value) in (int, float) and 0 <= value <= 1 and (value > 0 or may_be_zero)
     return fits, "a number from 0 to 1" if may_be_zero else "a number above 0 and at most 1"
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedOptions:
+    """What the quantizers have in common that gradients guide."""
+
+    method: ClassVar[str]
+
+    damping: float = 0.01
+    guide: float = field(default=0.5, metadata={"may_be_zero": True})
+    """Share of the loss-weighted second moment in H (rwkvq.quantize.inputs)."""
+    row_weights: bool = True
+    """Count each row's error by how much the loss depends on that output."""
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """Read plain values, defaults where they are missing; raise PlanError for unknown or unusable ones."""
+        return read_options(cls, cls.method, json)

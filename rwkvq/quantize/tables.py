@@ -6,9 +6,8 @@ its column's share in the loss, 1 / U_jj^2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from rwkvq.formats.table import GROUP, TABLES, UNIT, TableCodes, TableLayout
 from rwkvq.formats.trellis import scales_of
 from rwkvq.quantize.gptq import unit_rows
 from rwkvq.quantize.hessian import check_statistics, inverse_factor_of
-from rwkvq.quantize.options import read_options
+from rwkvq.quantize.options import GuidedOptions
 from rwkvq.quantize.trellis import find_row_scales, search_weights
 
 SAMPLE_GROUPS = 1 << 14
@@ -29,23 +28,10 @@ BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
-class TableOptions:
-    """How the table quantizer rounds."""
+class TableOptions(GuidedOptions):
+    """How the table quantizer rounds; row weights enter the fit of its tables."""
 
-    damping: float = 0.01
-    guide: float = field(default=0.5, metadata={"may_be_zero": True})
-    """Share of the loss-weighted second moment in H (rwkvq.quantize.inputs)."""
-    row_weights: bool = True
-    """Fit the tables with each row's error counted by how much the loss depends on that output."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, json: Mapping[str, Any]) -> TableOptions:
-        """Read plain values, defaults where they are missing; raise PlanError for unknown or unusable ones."""
-        return read_options(cls, "table", json)
+    method: ClassVar[str] = "table"
 
 
 def quantize(

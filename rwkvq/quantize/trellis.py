@@ -6,9 +6,8 @@ columns before it, exactly as scalar GPTQ does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from rwkvq.formats.parts import half_scale
 from rwkvq.formats.trellis import SCALE_BITS, SCALE_STEPS, TrellisCodes, TrellisLayout, scales_of
 from rwkvq.quantize.gptq import unit_rows
 from rwkvq.quantize.hessian import check_statistics, inverse_factor_of
-from rwkvq.quantize.options import read_options
+from rwkvq.quantize.options import GuidedOptions
 from rwkvq.quantize.viterbi import encode_columns
 
 AMPLITUDE = 1.12
@@ -28,23 +27,10 @@ BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
-class TrellisOptions:
-    """How the trellis quantizer rounds."""
+class TrellisOptions(GuidedOptions):
+    """How the trellis quantizer rounds; row weights enter its search."""
 
-    damping: float = 0.01
-    guide: float = field(default=0.5, metadata={"may_be_zero": True})
-    """Share of the loss-weighted second moment in H (rwkvq.quantize.inputs)."""
-    row_weights: bool = True
-    """Let the search weight each row's error by how much the loss depends on that output."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, json: Mapping[str, Any]) -> TrellisOptions:
-        """Read plain values, defaults where they are missing; raise PlanError for unknown or unusable ones."""
-        return read_options(cls, "trellis", json)
+    method: ClassVar[str] = "trellis"
 
 
 def quantize(
