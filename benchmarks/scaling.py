@@ -35,6 +35,8 @@ from rwkvq.stages import block_jobs, run_stage
 from rwkvq.workers import WorkerPool
 
 POLICIES = ("rtn", "sq", "rwkvquant")
+POLICY = "plan.policy=rwkvquant"
+"""Of the measured line: every task of it is one that the simulator knows."""
 BEFORE = ("windows", "activations", "proxies", "plan")
 
 
@@ -74,7 +76,7 @@ def time_blocks(run: Run, workers: int) -> dict[str, Any]:
 def time_flow(params: Path, folder: Path, workers: int) -> dict[str, Any]:
     """Run the whole line as a flow in a new process: wall seconds, seconds of each stage, hash of the artifact."""
     shutil.rmtree(folder, ignore_errors=True)
-    overrides = f"run_dir={folder}", f"run.workers={workers}", "run.threads=1", "run.runner=threads"
+    overrides = f"run_dir={folder}", f"run.workers={workers}", "run.threads=1", "run.runner=threads", POLICY
     sets = [part for override in overrides for part in ("--set", override)]
     begin = time.monotonic()
     subprocess.run([sys.executable, "-m", "flows.quantize_model", "--params", params, *sets], check=True)
@@ -110,7 +112,9 @@ print("seconds", empty({few}), empty({many}))
 def measure(params: Path, folder: Path, workers: Sequence[int], pairs: int) -> dict[str, Any]:
     """All measurements, as plain values."""
     found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "quantize": [], "line": [], "policies": {}}
-    settings = parse(apply_overrides(read_yaml(params), [f"run_dir={folder / 'run'}", "run.workers=1"]), str(params))
+    settings = parse(
+        apply_overrides(read_yaml(params), [f"run_dir={folder / 'run'}", "run.workers=1", POLICY]), str(params)
+    )
     run = Run(settings)
     for stage in BEFORE:
         run_stage(run, stage)

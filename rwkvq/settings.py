@@ -108,7 +108,8 @@ class DecisionSettings(Section):
 class PlanSettings(Section):
     """Which format every tensor gets."""
 
-    policy: Policy = "rwkvquant"
+    policy: Policy = "budget"
+    """Unless said: `rwkvquant` where a preset or decision is set, which only that policy has; else `budget`."""
     preset: Preset = "rwkvq"
     """Of policy `rwkvquant`."""
     decision: DecisionSettings = DecisionSettings()
@@ -124,6 +125,13 @@ class PlanSettings(Section):
     lora: Literal["quantize", "int8", "fp16"] = "quantize"
     emb_bits: Literal[8, 16] = 16
     head_bits: Literal[8, 16] = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_of_what_is_set(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "policy" not in values and {"preset", "decision"} & set(values):
+            return {**values, "policy": "rwkvquant"}
+        return values
 
     @model_validator(mode="after")
     def _one_target(self) -> PlanSettings:

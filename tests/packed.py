@@ -116,11 +116,30 @@ def _choice(source: WeightSource, weight: Weight, turn: int) -> tuple[Layout, st
         (VectorLayout(rows, columns, 4, 512, 40, math.gcd(columns, 64), 16, None), "kmeans"),
         (ScalarLayout(rows, columns, 8, columns, False), "rtn"),
         (ScalarLayout(rows, columns, 2, math.gcd(columns, 64), True), "gptq"),
-        (TrellisLayout(rows, columns, 12 if turn % 2 else 8, 8, math.gcd(rows, 32)), "trellis"),
+        (_trellis_layout(rows, columns, turn), "trellis"),
         (TableLayout(rows, columns, 2 + turn % 3), "table"),
         (DenseLayout(weight.shape, own), "keep"),
     ]
     return choices[turn % len(choices)]
+
+
+def _trellis_layout(rows: int, columns: int, turn: int) -> TrellisLayout:
+    """A layout with and without offsets of rows and columns."""
+    length = math.gcd(rows, 32)
+    offset_bits = (turn % 3 and 2 + turn % 3, 3 if length == 32 and turn % 2 else 0)
+    return TrellisLayout(rows, columns, 12 if turn % 2 else 8, 8, length, *offset_bits)
+
+
+def trellis_offsets(layout: TrellisLayout, key: str) -> tuple[Tensor, Tensor]:
+    """Valid offsets int8 of rows and columns: -2 ... 2 and their opposites, 0 in the middle of an odd number."""
+
+    def offsets(name: str, bits: int, count: int) -> Tensor:
+        half = scattered(f"{key}{name}", -2, 3, (count // 2,), torch.int8) if bits else torch.zeros(count // 2)
+        half[:1] = 2 if bits else 0
+        return torch.cat([half, torch.zeros(count % 2), -half]).to(torch.int8)
+
+    sequences = [offsets(f"row{part}", layout.row_offset_bits, layout.length) for part in range(layout.sequences)]
+    return torch.cat(sequences), offsets("column", layout.column_offset_bits, layout.columns)
 
 
 def codes_of(plan: Plan, seed: int = 0) -> dict[str, Codes]:
@@ -165,7 +184,8 @@ def _codes(layout: Layout, key: str) -> Codes:
         base = halves("base", 1, 32, 2**-10)
         assert base is not None
         # whole octaves, so that scales are powers of two
-        return TrellisCodes(layout, codes, 8 * scattered(f"{key}scale", 0, 8, (layout.rows,), torch.uint8), base)
+        scale = 8 * scattered(f"{key}scale", 0, 8, (layout.rows,), torch.uint8)
+        return TrellisCodes(layout, codes, *trellis_offsets(layout, key), scale, base)
     scale = halves("scale", 1, 32, 2**-12)
     if isinstance(layout, VectorLayout):
         codes = scattered(key, 0, layout.entries, (layout.rows, layout.columns // layout.dimension), layout.code_dtype)

@@ -14,7 +14,7 @@ from rwkvq.stages import STAGES
 from tests.tiny import write_byte_vocabulary, write_tiny
 
 LINE = tuple(name for name in STAGES if name not in ("gradients", "curves"))
-"""The stages of the default policy."""
+"""The stages of policy rwkvquant, which write_inputs asks for."""
 
 WORDS = [
     "the",
@@ -71,6 +71,7 @@ def write_inputs(folder: Path, version: Version = "x070", suffix: str = ".pth", 
         "activations": {"batch": 4},
         "gradients": {"windows": 4},
         "curves": {"state_bits": 8, "guide": 0.5, "sample": 1024},
+        "plan": {"policy": "rwkvquant"},
         "evaluate": {
             "text": str(folder / "validation.txt"),
             "lambada": str(folder / "lambada.jsonl"),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rwkvq.cli.display import console, print_json, size, stage_bars, table
+from rwkvq.cli.display import console, print_json, stage_bars, table
+from rwkvq.cli.display import size as size_text
 from rwkvq.errors import OutputError
 from rwkvq.files import recover_folder, remove_leftovers, run_lock
 from rwkvq.settings import Settings, apply_overrides, load, parse
@@ -32,8 +33,23 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed model; must not exist yet.")],
     calibration: Annotated[str, typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a data set's name.")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or the RWKV World vocabulary (.txt).")],
-    policy: Annotated[str, typer.Option(help="rtn, sq, kmeans, vq, rwkvquant or budget.")] = "rwkvquant",
-    preset: Annotated[str, typer.Option(help="text, camera, official or rwkvq.")] = "rwkvq",
+    bpw: Annotated[
+        float | None, typer.Option(help="Stored bits per weight of matrices and LoRA factors, 2 to 8 [default: 3.275].")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the whole weight file instead, such as 1.2GB or 800MiB.")
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="quality, or speed: only those that decode at the speed of memory [default: quality]."),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="A method to compare with: rtn, sq, kmeans, vq or rwkvquant [default: budget]."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="text, camera, official or rwkvq: a preset of policy rwkvquant.")
+    ] = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of making one.")] = None,
     evaluate_text: Annotated[
         Path | None, typer.Option("--evaluate", help="Text to measure perplexity and KL on.")
@@ -51,11 +67,12 @@ def quantize(
 
     check_target(out, overwrite=overwrite)
     folder = work or out.with_name(out.name + ".work")
+    plan = {"policy": policy, "preset": preset, "formats": formats, "bpw": bpw, "size": size}
     values: dict[str, Any] = {
         "model": str(model),
         "run_dir": str(folder),
         "windows": {"source": calibration, "tokenizer": str(tokenizer)},
-        "plan": {"policy": policy, "preset": preset},
+        "plan": {key: value for key, value in plan.items() if value is not None},
         "evaluate": {
             "text": str(evaluate_text) if evaluate_text else None,
             "lambada": str(lambada) if lambada else None,
@@ -169,5 +186,5 @@ def plan(
     console.print(table("Bits", ("quantity", "value"), preview.bit_rows()))
     console.print(
         f"\nestimated {preview.seconds:.0f} s on {preview.workers} workers, "
-        f"peak memory about {size(preview.peak_bytes)}, disk {size(preview.disk_bytes)}"
+        f"peak memory about {size_text(preview.peak_bytes)}, disk {size_text(preview.disk_bytes)}"
     )

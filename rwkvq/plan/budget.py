@@ -54,16 +54,18 @@ def choose(
     known = {weight.name: {item.label: item for item in candidates_of(weight, state_bits)} for weight in decided}
     for weight in decided:
         found = curves.get(weight.name, {})
-        if set(found) != set(known[weight.name]) or any(
-            point.stored_bits != known[weight.name][label].layout.stored_bits() for label, point in found.items()
+        if not found or any(
+            label not in known[weight.name] or point.stored_bits != known[weight.name][label].layout.stored_bits()
+            for label, point in found.items()
         ):
             raise PlanError(f"{weight.name}: the table of curves does not fit this model; run the stage `curves` again")
     options = {
-        weight.name: [
-            Option(label, curves[weight.name][label].stored_bits, curves[weight.name][label].loss)
-            for label in (item.label for item in allowed(known[weight.name].values(), formats))
+        name: [
+            Option(item.label, curves[name][item.label].stored_bits, curves[name][item.label].loss)
+            for item in allowed(candidates.values(), formats)
+            if item.label in curves[name]
         ]
-        for weight in decided
+        for name, candidates in known.items()
     }
     if empty := next((name for name, choices in options.items() if not choices), None):
         raise PlanError(f"{empty}: no format of plan.formats {formats} fits it; use plan.formats quality")

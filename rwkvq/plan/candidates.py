@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rwkvq.errors import PlanError, ShapeError
 from rwkvq.files import atomic_path
 from rwkvq.formats import Layout, TableLayout, TrellisLayout
 from rwkvq.formats.table import GROUP, MAX_BITS, MIN_BITS
-from rwkvq.formats.trellis import MAX_LENGTH, RATES
+from rwkvq.formats.trellis import MAX_LENGTH, OFFSET_BITS, RATES
 from rwkvq.plan.options import Method
 from rwkvq.settings import FormatSet
 
@@ -35,7 +36,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A format that a weight may get; `label` names it in plans and tables (trellis-3.25)."""
+    """A format that a weight may get; `label` names it in plans and tables (trellis-3.25-r0-c3: no offsets of rows)."""
 
     label: str
     layout: Layout
@@ -47,12 +48,12 @@ def candidates_of(weight: Weight, state_bits: int) -> tuple[Candidate, ...]:
     rows, columns = weight.shape
     length = math.gcd(rows, MAX_LENGTH)
     found = []
-    for rate in RATES:
+    for rate, row_bits, column_bits in product(RATES, OFFSET_BITS, OFFSET_BITS):
         try:
-            layout = TrellisLayout(rows, columns, rate, state_bits, length)
+            layout = TrellisLayout(rows, columns, rate, state_bits, length, row_bits, column_bits)
         except ShapeError:
             continue  # a short sequence does not fill whole bytes, or holds no state
-        found.append(Candidate(f"trellis-{rate / 4:g}", layout, "trellis"))
+        found.append(Candidate(f"trellis-{rate / 4:g}-r{row_bits}-c{column_bits}", layout, "trellis"))
     for bits in range(MIN_BITS, MAX_BITS + 1):
         if columns % GROUP == 0:
             found.append(Candidate(f"table-{bits}", TableLayout(rows, columns, bits), "table"))

@@ -68,7 +68,7 @@ OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
         "weight": ("second_moment", "mean_sq", "official", "none"),
         "percentile": Number(float, 50.0, 100.0),
     },
-    "trellis": _GUIDED,
+    "trellis": {**_GUIDED, "sweeps": _SWEEPS},
     "table": _GUIDED,
 }
 """Options of each method: a range, or the accepted values."""

@@ -282,7 +282,7 @@ def method_options(method: Method, weight: Weight, settings: Resolved, guide: fl
             "damping": settings.damping,
         },
         "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
-        "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping},
+        "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
         "table": {"guide": guide, "row_weights": True, "damping": settings.damping},
     }
     return options[method]

@@ -19,15 +19,16 @@ from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import open_checkpoint
 from rwkvq.errors import QuantizationError
 from rwkvq.formats import Layout, TableLayout, TrellisLayout
-from rwkvq.formats.table import GROUP, UNIT
+from rwkvq.formats.table import GROUP
 from rwkvq.formats.trellis import scales_of
 from rwkvq.plan.candidates import Candidate, CurvePoint, candidates_of
 from rwkvq.quantize.block import CODE as BLOCK_CODE
 from rwkvq.quantize.block import OnEvent
 from rwkvq.quantize.hessian import inverse_factor_of
 from rwkvq.quantize.inputs import Calibration, collect_inputs
-from rwkvq.quantize.tables import choose_tables, fit_tables, round_column
-from rwkvq.quantize.trellis import encode, find_row_scales, search_weights
+from rwkvq.quantize.rates import chosen_offset_bits, rate_offsets
+from rwkvq.quantize.tables import fit_tables, round_to_tables
+from rwkvq.quantize.trellis import AMPLITUDE, column_costs, encode, find_row_scales, search_weights
 
 CODE = (*BLOCK_CODE, "rwkvq.plan.candidates")
 """The sources that decide the curves."""
@@ -86,21 +87,40 @@ def curve_of(
     candidates: tuple[Candidate, ...],
     job: CurveJob,
 ) -> list[CurvePoint]:
-    """The curve of one weight [out, in] with its second moment [in, in] and Fisher diagonal [out]."""
+    """The curve of one weight [out, in] with its second moment [in, in] and Fisher diagonal [out].
+
+    Of the widths of rate offsets it has those that are worth their bits.
+    """
     with inverse_factor_of(second_moment, job.damping) as upper:
         importance = upper.diagonal().square().reciprocal()  # D
+        scales, plain = (scales_of(*find_row_scales(amplitude * tensor)) for amplitude in (AMPLITUDE, 1.0))
+        rows = search_weights(scales, fisher)
+        costs = column_costs(upper, (tensor / scales[:, None]).t(), rows)
     whole = 0.5 * float(fisher.double() @ (tensor.square() @ importance).double())
-    scale, base = find_row_scales(tensor)
-    scales = scales_of(scale, base)
-    rows = search_weights(scales, fisher)
+    widths: tuple[int, int] | None = None
     points = []
     for candidate in candidates:
-        columns = sampled_columns(candidate.layout, weight.shape, job.sample)
+        layout = candidate.layout
+        columns = sampled_columns(layout, weight.shape, job.sample)
         sample, metric = tensor[:, columns], fisher.double()[:, None] * importance[columns].double()
-        error = rounded(sample / scales[:, None], candidate.layout, rows, importance[columns]) * scales[:, None]
+        if isinstance(layout, TrellisLayout):
+            widths = widths or chosen_offset_bits(rows, costs, layout.length)
+            if (layout.row_offset_bits, layout.column_offset_bits) != widths:
+                continue
+            row_offsets, column_offsets = rate_offsets(layout, rows, costs)
+            rates = layout.quarter_bits + column_offsets[columns].long()
+            targets = (sample / scales[:, None]).t().contiguous()
+            no_feedback = torch.zeros(len(columns), len(columns))
+            error = encode(targets, rows, no_feedback, rates, row_offsets, layout)[1].t() * scales[:, None]
+        else:
+            assert isinstance(layout, TableLayout)
+            targets, shares = sample / plain[:, None], importance[columns] / importance[columns].mean()
+            table = fit_tables(targets, rows, shares, layout.bits)
+            no_feedback = torch.zeros(len(columns), len(columns))
+            error = round_to_tables(targets, shares, no_feedback, table)[2] * plain[:, None]
         energy = float((metric * sample.double().square()).sum())
         ratio = float((metric * error.double().square()).sum()) / energy if energy > 0 else 0.0
-        points.append(CurvePoint(weight.name, candidate.label, candidate.layout.stored_bits(), ratio * whole))
+        points.append(CurvePoint(weight.name, candidate.label, layout.stored_bits(), ratio * whole))
     if not all(point.loss < float("inf") for point in points):
         raise QuantizationError(f"{weight.name}: losses that are not finite; check the checkpoint")
     return points
@@ -113,20 +133,3 @@ def sampled_columns(layout: Layout, shape: tuple[int, ...], sample: int) -> Tens
     count = min(groups, max(1, sample // (shape[0] * size)))
     first = torch.linspace(0, groups - 1, count).round().long() * size
     return (first[:, None] + torch.arange(size)).flatten()
-
-
-def rounded(sample: Tensor, layout: Layout, rows: Tensor, importance: Tensor) -> Tensor:
-    """The rounding errors [out, n] of sampled columns in units of their rows' scales, without feedback."""
-    if isinstance(layout, TrellisLayout):
-        narrow = TrellisLayout(**{**layout.to_json(), "columns": sample.shape[1]})
-        no_feedback = torch.zeros(sample.shape[1], sample.shape[1])
-        return encode(sample.t().contiguous(), rows, no_feedback, narrow)[1].t()
-    assert isinstance(layout, TableLayout)
-    importance = importance / importance.mean()
-    values = fit_tables(sample.t().contiguous(), rows, importance, layout.bits).float() * UNIT
-    errors = []
-    for start in range(0, sample.shape[1], GROUP):
-        group, weights = sample[:, start : start + GROUP], importance[start : start + GROUP]
-        levels = values[choose_tables(group, weights, values)]
-        errors += [round_column(column, levels)[1] for column in group.t()]
-    return torch.stack(errors, 1)

@@ -12,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rwkvq.errors import ShapeError
+from rwkvq.errors import QuantizationError, ShapeError
 from rwkvq.formats.parts import half_scale
 from rwkvq.formats.trellis import SCALE_BITS, SCALE_STEPS, TrellisCodes, TrellisLayout, scales_of
 from rwkvq.quantize.gptq import unit_rows
-from rwkvq.quantize.hessian import check_statistics, inverse_factor_of
+from rwkvq.quantize.hessian import check_statistics, inverse_factor_of, with_damping
 from rwkvq.quantize.options import GuidedOptions
-from rwkvq.quantize.viterbi import encode_columns
+from rwkvq.quantize.rates import rate_offsets
+from rwkvq.quantize.trellis_columns import encode_columns, sweep_columns
 
 AMPLITUDE = 1.12
 """Row scales in root mean squares of their rows: feedback widens what is rounded (docs/evidence.md, policy budget)."""
@@ -31,6 +32,9 @@ class TrellisOptions(GuidedOptions):
     """How the trellis quantizer rounds; row weights enter its search."""
 
     method: ClassVar[str] = "trellis"
+
+    sweeps: int = 0
+    """Rounds of coordinate descent over the columns after the first encoding."""
 
 
 def quantize(
@@ -49,26 +53,66 @@ def quantize(
     scales = scales_of(scale, base)
     columns = (weight / scales[:, None]).t().contiguous()  # [in, out]
     importance = search_weights(scales, fisher if options.row_weights else None)
-    streams = torch.empty(layout.parts()["codes"][1], dtype=torch.uint8, device=weight.device)
+    streams, start, targets = [], 0, columns.clone()
     with inverse_factor_of(second_moment.float(), options.damping) as upper:
+        row_offsets, column_offsets = rate_offsets(layout, importance, column_costs(upper, columns, importance))
+        rates = layout.quarter_bits + column_offsets.long()
         feedback = unit_rows(upper)
-        for start in range(0, layout.columns, BLOCK):
-            stop = min(start + BLOCK, layout.columns)
+        for moved, own in zip(torch.split(columns, BLOCK), torch.split(rates, BLOCK), strict=True):
+            stop = start + len(moved)
             square = feedback[start:stop, start:stop].contiguous()
-            codes, errors = encode(columns[start:stop], importance, square, layout)
-            streams[:, start:stop] = codes
+            codes, errors = encode(moved, importance, square, own, row_offsets, layout)
+            streams.append(codes)
             columns[stop:].addmm_(feedback[start:stop, stop:].t(), errors, alpha=-1)
-    return TrellisCodes(layout, streams, scale, base)
+            moved.sub_(errors)  # what the codes stand for
+            start = stop
+    codes = torch.cat(streams, 1)
+    if options.sweeps:
+        with with_damping(second_moment, options.damping) as hessian:
+            pull = hessian @ targets.sub_(columns)
+            for _ in range(options.sweeps):
+                sweep(columns, pull, hessian, importance, rates, row_offsets, layout, codes)
+    return TrellisCodes(layout, codes, row_offsets, column_offsets, scale, base)
 
 
-def encode(targets: Tensor, weights: Tensor, feedback: Tensor, layout: TrellisLayout) -> tuple[Tensor, Tensor]:
-    """viterbi.encode_columns where the tensors are: on the processor or on CUDA."""
+def column_costs(upper: Tensor, columns: Tensor, importance: Tensor) -> Tensor:
+    """What the squared error of each column costs relative to its weights, float64 [in].
+
+    upper: factor of the inverse of H; columns [in, out] in units of their rows' scales, importance [out].
+    """
+    return upper.diagonal().double().square().reciprocal() * (columns.square() @ importance).double()
+
+
+def encode(
+    targets: Tensor, weights: Tensor, feedback: Tensor, rates: Tensor, row_offsets: Tensor, layout: TrellisLayout
+) -> tuple[Tensor, Tensor]:
+    """trellis_columns.encode_columns where the tensors are: on the processor or on CUDA."""
     if targets.is_cuda:
         from rwkvq.quantize.viterbi_cuda import encode_columns_cuda  # compiles for a GPU when it is imported
 
-        return encode_columns_cuda(targets, weights, feedback, layout)
-    codes, errors = encode_columns(targets.numpy(), weights.numpy(), feedback.numpy(), layout)
-    return torch.from_numpy(codes), torch.from_numpy(errors)
+        return encode_columns_cuda(targets, weights, feedback, rates, row_offsets, layout)
+    found = encode_columns(
+        targets.numpy(), weights.numpy(), feedback.numpy(), rates.long().numpy(), row_offsets.long().numpy(), layout
+    )
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+def sweep(
+    quantized: Tensor,
+    pull: Tensor,
+    hessian: Tensor,
+    weights: Tensor,
+    rates: Tensor,
+    row_offsets: Tensor,
+    layout: TrellisLayout,
+    codes: Tensor,
+) -> None:
+    """trellis_columns.sweep_columns on tensors. Raises QuantizationError for those on CUDA."""
+    if quantized.is_cuda:
+        raise QuantizationError("sweeps of the trellis quantizer run on the processor; set quantize.sweeps to 0")
+    numbers = rates.long().numpy(), row_offsets.long().numpy()
+    arrays = quantized.numpy(), pull.numpy(), hessian.numpy(), weights.numpy()
+    sweep_columns(*arrays, *numbers, layout, codes.numpy())
 
 
 def find_row_scales(weight: Tensor) -> tuple[Tensor, Tensor]:

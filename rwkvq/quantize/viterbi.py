@@ -1,20 +1,19 @@
 """The Viterbi search of the trellis format, compiled: the cheapest tail-biting path for each sequence of weights.
 
-Inside this module a state is numbered with its bits reversed (newest bit lowest), so that the minimum over
-predecessors and the spreading to successors both run over contiguous memory.
+Here a state is numbered with its bits reversed (newest bit lowest), so that the minimum over predecessors and the
+spreading to successors both run over contiguous memory. All compiled code of the trellis quantizer is in this file:
+a compiled function is cached by the date of its own file, whatever becomes of those that it calls.
+rwkvq/quantize/trellis_columns.py has the functions to call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
-
-from rwkvq.formats.trellis import TrellisLayout, codebook
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -28,55 +27,36 @@ _FAR = np.float32(1e30)
 compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
-@lru_cache(maxsize=16)
-def reversed_codebook(state_bits: int) -> Floats:
-    """Value of every state by its reversed number, float32 [2**state_bits]."""
-    numbers = np.arange(1 << state_bits)
-    swapped = np.zeros_like(numbers)
-    for bit in range(state_bits):
-        swapped |= ((numbers >> bit) & 1) << (state_bits - 1 - bit)
-    return np.ascontiguousarray(codebook(state_bits).numpy()[swapped])
-
-
-def encode_columns(targets: Floats, weights: Floats, feedback: Floats, layout: TrellisLayout) -> tuple[Bytes, Floats]:
-    """Encode columns one after the other, each error fed into the later ones.
-
-    targets float32 [columns, rows] in units of their rows' scales, overwritten; weights float32 [rows], how much a
-    squared error of each row counts; feedback float32 [columns, columns], used above its diagonal.
-    Returns the streams uint8 [sequences, columns, bytes] and the errors float32 [columns, rows].
-    """
-    widths = np.array(layout.widths(), dtype=np.int64)
-    values = reversed_codebook(layout.state_bits)
-    streams = np.zeros((layout.sequences, len(targets), layout.sequence_bytes), dtype=np.uint8)
-    errors = np.empty_like(targets)
-    _encode_columns(targets, weights, feedback, widths, values, layout.state_bits, streams, errors)
-    return streams, errors
-
-
 @compiled
-def _encode_columns(
+def encode(
     targets: Floats,
     weights: Floats,
     feedback: Floats,
-    widths: Integers,
+    rates: Integers,
+    row_offsets: Integers,
     values: Floats,
     state_bits: int,
+    ends: Integers,
     streams: Bytes,
     errors: Floats,
 ) -> None:
-    columns, length = len(targets), len(widths)
-    best = np.empty(len(values) >> widths.min(), dtype=np.float32)
+    columns, rows = targets.shape
+    length = rows // len(streams)
+    best = np.empty(len(values) >> ((rates.min() + row_offsets.min()) // 4), dtype=np.float32)
     scratch = np.empty((5, len(values)), dtype=np.float32)
     choices = np.empty(len(values), dtype=np.int32)
     back = np.empty((length, len(best)), dtype=np.uint8)
     states = np.empty(length, dtype=np.int64)
+    widths = np.empty(length, dtype=np.int64)
     for sequence in range(len(streams)):
         first = sequence * length
-        rows = weights[first : first + length]
+        counts = weights[first : first + length]
         for column in range(columns):
             target = targets[column, first : first + length]
-            _search(target, rows, widths, values, state_bits, scratch, choices, back, states)
-            _write(states, widths, streams[sequence, column])
+            _fill_widths(rates[column], row_offsets[first : first + length], widths)
+            _search(target, counts, widths, values, state_bits, scratch, choices, back, states)
+            begin = ends[column - 1] if column else 0
+            _write(states, widths, streams[sequence, begin : ends[column]])
             error = errors[column, first : first + length]
             for t in range(length):
                 error[t] = target[t] - values[states[t]]
@@ -85,6 +65,69 @@ def _encode_columns(
                 ahead = targets[later, first : first + length]
                 for t in range(length):
                     ahead[t] -= factor * error[t]
+
+
+@compiled
+def sweep(
+    quantized: Floats,
+    pull: Floats,
+    hessian: Floats,
+    weights: Floats,
+    rates: Integers,
+    row_offsets: Integers,
+    values: Floats,
+    state_bits: int,
+    ends: Integers,
+    streams: Bytes,
+) -> None:
+    columns, rows = quantized.shape
+    length = rows // len(streams)
+    best = np.empty(len(values) >> ((rates.min() + row_offsets.min()) // 4), dtype=np.float32)
+    scratch = np.empty((5, len(values)), dtype=np.float32)
+    choices = np.empty(len(values), dtype=np.int32)
+    back = np.empty((length, len(best)), dtype=np.uint8)
+    states = np.empty(length, dtype=np.int64)
+    widths = np.empty(length, dtype=np.int64)
+    target = np.empty(length, dtype=np.float32)
+    for sequence in range(len(streams)):
+        first = sequence * length
+        counts = weights[first : first + length]
+        for column in range(columns):
+            now, force = quantized[column, first : first + length], pull[column, first : first + length]
+            before = np.float32(0)
+            for t in range(length):
+                step = force[t] / hessian[column, column]
+                target[t] = now[t] + step  # where this column's error would cost least
+                before += counts[t] * step * step
+            _fill_widths(rates[column], row_offsets[first : first + length], widths)
+            _search(target, counts, widths, values, state_bits, scratch, choices, back, states)
+            after = np.float32(0)
+            for t in range(length):
+                difference = target[t] - values[states[t]]
+                after += counts[t] * difference * difference
+            if after >= before:
+                continue
+            stream = streams[sequence, (ends[column - 1] if column else 0) : ends[column]]
+            stream[:] = 0
+            _write(states, widths, stream)
+            for t in range(length):
+                target[t] = values[states[t]] - now[t]
+                now[t] = values[states[t]]
+            for other in range(columns):
+                factor = hessian[column, other]
+                row = pull[other, first : first + length]
+                for t in range(length):
+                    row[t] -= factor * target[t]
+
+
+@compiled
+def _fill_widths(rate: int, offsets: Integers, widths: Integers) -> None:
+    """Bits of each weight's symbol: what the sum of the rates, quarters of a bit, gains in whole bits."""
+    total, end = 0, 0
+    for t in range(len(offsets)):
+        total += rate + offsets[t]
+        widths[t] = total // 4 - end
+        end = total // 4
 
 
 @compiled
@@ -154,14 +197,18 @@ def _walk(
         row = back[step]
         for kept in range(count >> width):
             row[kept] = choices[kept]
-        if width == 2:
+        if width == 1:
+            _spread1(best, others, values, target[t], weights[t])
+        elif width == 2:
             _spread2(best, others, values, target[t], weights[t])
         elif width == 3:
             _spread3(best, others, values, target[t], weights[t])
         elif width == 4:
             _spread4(best, others, values, target[t], weights[t])
-        else:
+        elif width == 5:
             _spread5(best, others, values, target[t], weights[t])
+        else:
+            _spread6(best, others, values, target[t], weights[t])
         costs, others = others, costs
     last: int = np.int64(0)  # type: ignore[assignment]
     lowest = np.float32(3e38)
@@ -202,7 +249,6 @@ def _make_spread(width: int) -> Callable[..., None]:
     """A function that gives every successor its cost; the number of successors is a constant of the compiled code."""
     successors = 1 << width
 
-    @numba.njit(nogil=True, error_model="numpy")
     def spread(best: Floats, costs: Floats, values: Floats, target: float, weight: float) -> None:
         kept = len(values) // successors
         rows, levels = costs.reshape(kept, successors), values.reshape(kept, successors)
@@ -212,10 +258,13 @@ def _make_spread(width: int) -> Callable[..., None]:
                 difference = target - levels[i, new]
                 rows[i, new] = base + weight * difference * difference
 
-    return spread
+    # names are all that tells compiled functions apart when several processes share a cache
+    spread.__name__ = spread.__qualname__ = f"spread{width}"
+    made: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(spread)
+    return made
 
 
-_spread2, _spread3, _spread4, _spread5 = (_make_spread(width) for width in (2, 3, 4, 5))
+_spread1, _spread2, _spread3, _spread4, _spread5, _spread6 = (_make_spread(width) for width in range(1, 7))
 
 
 @compiled

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvq.formats.trellis import TrellisLayout
-from rwkvq.quantize.viterbi import WRAP, reversed_codebook
+from rwkvq.formats.trellis import TrellisLayout, column_bytes, symbol_ends
+from rwkvq.quantize.trellis_columns import reversed_codebook
+from rwkvq.quantize.viterbi import WRAP
 
 WARPS = 4
 
@@ -38,45 +39,58 @@ def _spread(best, values, target, weight, WIDTH: tl.constexpr, STATE_BITS: tl.co
 
 
 @triton.jit
-def _three(
+def _walk(
     costs,
     values,
     here,
     own,
+    widths,
     back,
+    first,
+    begin,
+    steps,
     STRIDE: tl.constexpr,
+    LENGTH: tl.constexpr,
     STATE_BITS: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    W3: tl.constexpr,
 ):
-    """The last three of four weights from `here`, whose widths repeat every four."""
-    costs = _step(costs, values, tl.load(here + 1), tl.load(own + 1), back + STRIDE, W1, STATE_BITS)
-    costs = _step(costs, values, tl.load(here + 2), tl.load(own + 2), back + 2 * STRIDE, W2, STATE_BITS)
-    return _step(costs, values, tl.load(here + 3), tl.load(own + 3), back + 3 * STRIDE, W3, STATE_BITS)
+    """Go on from step `begin` to step `steps`; step s is weight (first + s) % LENGTH, whose predecessors go to back."""
+    for step in range(begin, steps):
+        t = (first + step) % LENGTH
+        target, weight, width = tl.load(here + t), tl.load(own + t), tl.load(widths + t)
+        place = back + step * STRIDE
+        if width == 1:
+            costs = _step(costs, values, target, weight, place, 1, STATE_BITS)
+        elif width == 2:
+            costs = _step(costs, values, target, weight, place, 2, STATE_BITS)
+        elif width == 3:
+            costs = _step(costs, values, target, weight, place, 3, STATE_BITS)
+        elif width == 4:
+            costs = _step(costs, values, target, weight, place, 4, STATE_BITS)
+        elif width == 5:
+            costs = _step(costs, values, target, weight, place, 5, STATE_BITS)
+        else:
+            costs = _step(costs, values, target, weight, place, 6, STATE_BITS)
+    return costs
 
 
 @triton.jit
 def _trace(
     back,
     states,
+    widths,
     state,
     first,
     steps,
-    STRIDE: tl.constexpr,
-    STATE_BITS: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    W3: tl.constexpr,
     stop,
+    STRIDE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    STATE_BITS: tl.constexpr,
 ):
     """Follow the best path back from `state` at step steps - 1 to step `stop`; return the state there."""
     step = steps - 1
     while step > stop:
         tl.store(states + step, state)
-        phase = (first + step) % 4
-        width = tl.where(phase == 0, W0, tl.where(phase == 1, W1, tl.where(phase == 2, W2, W3)))
+        width = tl.load(widths + (first + step) % LENGTH)
         kept = state >> width
         choice = tl.load(back + step * STRIDE + kept).to(tl.int32)
         state = (choice << (STATE_BITS - width)) | kept
@@ -90,6 +104,8 @@ def _encode(
     targets,
     weights,
     feedback,
+    kinds,
+    widths_of_kinds,
     values_pointer,
     errors,
     states_out,
@@ -100,14 +116,10 @@ def _encode(
     LENGTH: tl.constexpr,
     TURN: tl.constexpr,
     STATE_BITS: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    W3: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     COUNT: tl.constexpr = 1 << STATE_BITS
-    STRIDE: tl.constexpr = 1 << (STATE_BITS - W0)  # the first width is never the larger one
     sequence = tl.program_id(0)
     first_row = sequence * LENGTH
     back += sequence.to(tl.int64) * LENGTH * STRIDE
@@ -116,8 +128,10 @@ def _encode(
     numbers = tl.arange(0, COUNT)
     lane = tl.arange(0, LENGTH)
     earlier = tl.arange(0, BLOCK)
+    own = weights + first_row
     for column in range(columns):
         here = targets + column.to(tl.int64) * rows + first_row
+        widths = widths_of_kinds + tl.load(kinds + column) * rows + first_row
         before = tl.load(
             errors + earlier[:, None].to(tl.int64) * rows + first_row + lane[None, :],
             mask=(earlier < column)[:, None],
@@ -127,32 +141,23 @@ def _encode(
         moved = tl.load(here + lane) - tl.sum(factors[:, None] * before, axis=0)
         tl.store(here + lane, moved)
         tl.debug_barrier()
-        own = weights + first_row
         # where to close the circle
         costs = tl.zeros([COUNT], tl.float32)
-        for quad in range(0, 2 * TURN, 4):
-            t = (LENGTH - TURN + quad) % LENGTH
-            place = back + quad * STRIDE
-            costs = _step(costs, values, tl.load(here + t), tl.load(own + t), place, W0, STATE_BITS)
-            costs = _three(costs, values, here + t, own + t, place, STRIDE, STATE_BITS, W1, W2, W3)
+        costs = _walk(costs, values, here, own, widths, back, LENGTH - TURN, 0, 2 * TURN, STRIDE, LENGTH, STATE_BITS)
         state = tl.argmin(costs, axis=0)
         tl.debug_barrier()
-        state = _trace(back, trail, state, LENGTH - TURN, 2 * TURN, STRIDE, STATE_BITS, W0, W1, W2, W3, TURN - 1)
-        seam = state & ((1 << (STATE_BITS - W0)) - 1)
+        state = _trace(back, trail, widths, state, LENGTH - TURN, 2 * TURN, TURN - 1, STRIDE, LENGTH, STATE_BITS)
+        shared = STATE_BITS - tl.load(widths)  # bits of the last state that the first one sees
+        mask = (1 << shared) - 1
+        seam = state & mask
         tl.debug_barrier()
-        # the path
-        kept = tl.arange(0, STRIDE)
-        start = tl.where(kept == seam, 0.0, 1e30)
-        costs = _spread(start, values, tl.load(here), tl.load(own), W0, STATE_BITS)
-        costs = _three(costs, values, here, own, back, STRIDE, STATE_BITS, W1, W2, W3)
-        for t in range(4, LENGTH, 4):
-            place = back + t * STRIDE
-            costs = _step(costs, values, tl.load(here + t), tl.load(own + t), place, W0, STATE_BITS)
-            costs = _three(costs, values, here + t, own + t, place, STRIDE, STATE_BITS, W1, W2, W3)
-        closed = (numbers & (STRIDE - 1)) == seam
-        state = tl.argmin(tl.where(closed, costs, float("inf")), axis=0)
+        # the path: before the first weight only states that end in the seam are near; their other bits drop out
+        opening = (numbers & mask) == seam
+        costs = tl.where(opening, 0.0, 1e30)
+        costs = _walk(costs, values, here, own, widths, back, 0, 0, LENGTH, STRIDE, LENGTH, STATE_BITS)
+        state = tl.argmin(tl.where(opening, costs, float("inf")), axis=0)
         tl.debug_barrier()
-        _trace(back, trail, state, 0, LENGTH, STRIDE, STATE_BITS, W0, W1, W2, W3, 0)
+        _trace(back, trail, widths, state, 0, LENGTH, 0, STRIDE, LENGTH, STATE_BITS)
         tl.debug_barrier()
         path = tl.load(trail + lane)
         tl.store(states_out + column.to(tl.int64) * rows + first_row + lane, path.to(tl.int16))
@@ -161,50 +166,56 @@ def _encode(
 
 
 def encode_columns_cuda(
-    targets: Tensor, weights: Tensor, feedback: Tensor, layout: TrellisLayout
+    targets: Tensor, weights: Tensor, feedback: Tensor, rates: Tensor, row_offsets: Tensor, layout: TrellisLayout
 ) -> tuple[Tensor, Tensor]:
-    """As viterbi.encode_columns, with CUDA tensors: streams [sequences, columns, bytes] and errors [columns, rows]."""
+    """As trellis_columns.encode_columns, with CUDA tensors: streams [sequences, bytes] and errors [columns, rows]."""
     columns, rows = targets.shape
-    device, turn = targets.device, min(WRAP, layout.length // 2)
-    widths = layout.widths()[:4]
-    values = torch.from_numpy(reversed_codebook(layout.state_bits)).to(device)
+    device = targets.device
+    distinct, kinds = rates.long().unique(return_inverse=True)
+    offsets = row_offsets.long().view(layout.sequences, layout.length)
+    ends = symbol_ends(distinct[:, None, None] + offsets)  # [kinds, sequences, length]
+    widths = ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1])).int().reshape(len(distinct), rows)
+    stride = 1 << (layout.state_bits - int(widths.min()))
     errors = torch.empty_like(targets)
     states = torch.empty(columns, rows, dtype=torch.int16, device=device)
-    stride = 1 << (layout.state_bits - widths[0])
-    back = torch.empty(layout.sequences * layout.length * stride, dtype=torch.uint8, device=device)
-    trail = torch.empty(rows, dtype=torch.int32, device=device)
     block: Any = triton.next_power_of_2(columns)
     _encode[(layout.sequences,)](
         targets,
         weights,
         feedback.contiguous(),
-        values,
+        kinds.int(),
+        widths,
+        torch.from_numpy(reversed_codebook(layout.state_bits)).to(device),
         errors,
         states,
-        back,
-        trail,
+        torch.empty(layout.sequences * layout.length * stride, dtype=torch.uint8, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
         columns,
         rows,
         layout.length,
-        turn,
+        min(WRAP, layout.length // 2),
         layout.state_bits,
-        *widths,
+        stride,
         block,
         num_warps=WARPS,
     )
-    return streams_of(states, layout), errors
+    return _streams(states, widths[kinds], ends.reshape(len(distinct), rows)[kinds], rates.long(), layout), errors
 
 
-def streams_of(states: Tensor, layout: TrellisLayout) -> Tensor:
-    """The streams uint8 [sequences, columns, bytes] of paths of reversed states int16 [columns, rows]."""
-    columns, device = len(states), states.device
-    paths = states.view(columns, layout.sequences, layout.length).int()
-    bits = torch.empty(columns, layout.sequences, 8 * layout.sequence_bytes, dtype=torch.uint8, device=device)
-    places = torch.tensor(layout.widths()).cumsum(0)
-    for width in set(layout.widths()):
-        own = [t for t, other in enumerate(layout.widths()) if other == width]
-        for bit in range(width):
-            bits[..., places[own] - width + bit] = (paths[..., own] >> (width - 1 - bit) & 1).to(torch.uint8)
-    octets = bits.view(columns, layout.sequences, layout.sequence_bytes, 8)
-    values = (octets << torch.arange(8, dtype=torch.uint8, device=device)).sum(-1, dtype=torch.uint8)
-    return values.transpose(0, 1).contiguous()
+def _streams(states: Tensor, widths: Tensor, ends: Tensor, rates: Tensor, layout: TrellisLayout) -> Tensor:
+    """The streams uint8 [sequences, bytes] of paths of reversed states int16 [columns, rows].
+
+    widths, ends [columns, rows]: of the symbols in the stream of their column; rates [columns].
+    """
+    sizes = 8 * column_bytes(rates, layout.length)
+    total = int(sizes.sum())
+    sequence = torch.arange(layout.rows, device=states.device) // layout.length
+    begins = (sizes.cumsum(0) - sizes)[:, None] + total * sequence + ends - widths  # [columns, rows]
+    bits = torch.zeros(layout.sequences * total, dtype=torch.uint8, device=states.device)
+    paths = states.int()
+    for bit in range(int(widths.max())):
+        own = widths > bit
+        value = paths[own] >> (widths[own] - 1 - bit) & 1
+        bits[begins[own] + bit] = value.to(torch.uint8)
+    octets = bits.view(layout.sequences, total // 8, 8) << torch.arange(8, dtype=torch.uint8, device=states.device)
+    return octets.sum(-1, dtype=torch.uint8)

@@ -92,20 +92,31 @@ def row_scales(parts: dict[str, Array], rows: int) -> Array:
     return (2.0 ** (-steps / 8) * parts["base"][0].astype(np.float64)).astype(np.float32)
 
 
+def rate_offsets(parts: dict[str, Array], name: str, bits: int, count: int) -> list[int]:
+    return [int(number) - (1 << bits - 1) for number in bit_stream(parts[name], bits, count)] if bits else [0] * count
+
+
 def decode_trellis(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
-    quarter_bits, state_bits, length = layout["quarter_bits"], layout["state_bits"], layout["length"]
-    scales = row_scales(parts, layout["rows"])
-    decoded = np.empty((layout["rows"], layout["columns"]), np.float32)
-    for sequence, columns in enumerate(parts["codes"]):
-        for column, stream in enumerate(columns):
+    rows, columns, state_bits, length = (layout[key] for key in ("rows", "columns", "state_bits", "length"))
+    scales = row_scales(parts, rows)
+    row_offsets = rate_offsets(parts, "row_offsets", layout["row_offset_bits"], rows)
+    column_offsets = rate_offsets(parts, "column_offsets", layout["column_offset_bits"], columns)
+    decoded = np.empty((rows, columns), np.float32)
+    for sequence, codes in enumerate(parts["codes"]):
+        begin = 0
+        for column in range(columns):
+            rate = layout["quarter_bits"] + column_offsets[column]
+            stream = codes[begin : begin + rate * length // 32]
+            begin += len(stream)
             bits = [int(byte) >> bit & 1 for byte in stream for bit in range(8)]
-            for place in range(length):
-                end = quarter_bits * (place + 1) // 4
-                own = [bits[(end - state_bits + i) % len(bits)] for i in range(state_bits)]
+            total = 0
+            for row in range(sequence * length, (sequence + 1) * length):
+                total += rate + row_offsets[row]
+                own = [bits[(total // 4 - state_bits + i) % len(bits)] for i in range(state_bits)]
                 product = sum(bit << i for i, bit in enumerate(own)) * 0x83DCD12D % 2**32
                 value = (sum(product >> shift & 255 for shift in (0, 8, 16, 24)) - 510) / 147.8
-                row = sequence * length + place
                 decoded[row, column] = np.float32(value) * scales[row]
+        assert begin == len(codes)
     return decoded
 
 

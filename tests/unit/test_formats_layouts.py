@@ -29,6 +29,7 @@ LAYOUTS: list[Layout] = [
     VectorLayout(6, 64, 4, 16, 6, 64, 16, None),
     ElementwiseLayout(130, 8, 64),
     TrellisLayout(64, 10, 13, 12, 32),
+    TrellisLayout(64, 10, 13, 12, 32, 3, 4),
     TableLayout(6, 64, 3),
 ]
 

@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
 
 def plan_of(model: Model, *, quantize: QuantizeSettings | None = None, **plan: object) -> Plan:
     source, rows = model
-    settings = PlanSettings(**plan)  # type: ignore[arg-type]
+    settings = PlanSettings(**{"policy": "rwkvquant"} | plan)  # type: ignore[arg-type]
     return make_plan(source, rows, settings, quantize or QuantizeSettings(), 7)
 
 
@@ -207,7 +207,7 @@ def test_bits_reach_both_arms(models: dict[str, Model]) -> None:
 
 def test_tables_that_do_not_fit_are_refused(models: dict[str, Model]) -> None:
     source, rows = models["x070"]
-    arguments = PlanSettings(), QuantizeSettings(), 0
+    arguments = PlanSettings(policy="rwkvquant"), QuantizeSettings(), 0
     short = [row for row in rows if row.name != "blocks.1.att.key.weight"]
     with pytest.raises(PlanError, match=r"no row for blocks.1.att.key.weight \(1 missing\)"):
         make_plan(source, short, *arguments)

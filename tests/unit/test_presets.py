@@ -108,7 +108,7 @@ def test_rtn_clips_only_when_told() -> None:
 )
 def test_larger_codebooks_serve_more_rows(bits: int, dimension: int | None, rows: int) -> None:
     quantize = QuantizeSettings(bits=bits, vector=VectorSettings(dimension=dimension))  # type: ignore[arg-type]
-    arm = resolve_preset(PlanSettings(), quantize).vector
+    arm = resolve_preset(PlanSettings(policy="rwkvquant"), quantize).vector
     assert (arm.group_rows, arm.group_columns) == (rows, 64)
     # the codebook always costs a quarter bit a weight
     assert 2 ** (bits * arm.dimension) * arm.dimension * 8 / (rows * 64) == 0.25
@@ -116,12 +116,17 @@ def test_larger_codebooks_serve_more_rows(bits: int, dimension: int | None, rows
 
 def test_explicit_groups_are_left_alone() -> None:
     for settings in (VectorSettings(group_rows=64), VectorSettings(group_columns=64)):
-        assert resolve_preset(PlanSettings(), QuantizeSettings(bits=4, vector=settings)).vector.group_rows == 64
+        assert (
+            resolve_preset(
+                PlanSettings(policy="rwkvquant"), QuantizeSettings(bits=4, vector=settings)
+            ).vector.group_rows
+            == 64
+        )
 
 
 def test_decomposition_needs_one_dimension_and_eight_bits() -> None:
     with pytest.raises(SettingsError, match=r"svd_fraction needs dimension 1 and codebook_bits 8, found dimension 2"):
-        resolve_preset(PlanSettings(), QuantizeSettings(vector=VectorSettings(svd_fraction=0.5)))
+        resolve_preset(PlanSettings(policy="rwkvquant"), QuantizeSettings(vector=VectorSettings(svd_fraction=0.5)))
     official = PlanSettings(preset="official")
     for settings in (VectorSettings(dimension=2), VectorSettings(codebook_bits=16)):
         assert resolve_preset(official, QuantizeSettings(vector=settings)).vector.svd_fraction == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,8 @@ from rwkvq.errors import QuantizationError, ShapeError
 from rwkvq.formats import TableLayout
 from rwkvq.formats.table import UNIT, decode
 from rwkvq.quantize.hessian import relative_loss
-from rwkvq.quantize.tables import TableOptions, fit_tables, quantize, round_column
+from rwkvq.quantize.table_search import nearest
+from rwkvq.quantize.tables import TableOptions, fit_tables, quantize, round_to_tables
 from tests.unit.test_quantize_trellis import correlated
 
 OPTIONS = TableOptions()
@@ -35,17 +37,38 @@ def test_feedback_lowers_the_loss() -> None:
 
 
 def test_levels_are_the_nearest() -> None:
-    levels = torch.tensor([[-1.0, 0.0, 2.0], [0.0, 0.5, 0.6]])
-    codes, errors = round_column(torch.tensor([0.9, 0.56]), levels)
-    assert codes.tolist() == [1, 2]
-    assert errors.tolist() == pytest.approx([0.9, -0.04], abs=1e-6)
+    levels = np.array([-1.0, 0.0, 0.5, 2.0], np.float32)
+    values = (-5.0, -0.51, -0.49, 0.24, 0.26, 1.24, 1.26, 9.0)
+    assert [nearest(np.float32(value), levels) for value in values] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_groups_get_the_table_of_least_error_and_errors_are_fed_on() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets, importance = torch.randn(5, 32, generator=generator), torch.rand(32, generator=generator)
+    feedback = 0.1 * torch.randn(32, 32, generator=generator)
+    table = torch.randint(-80, 81, (16, 4), generator=generator).to(torch.int8).sort(1).values
+    codes, selector, errors = round_to_tables(targets, importance, feedback, table)
+    moved, values = targets.clone(), table.float() * UNIT
+    for start in (0, 16):
+        group = moved[:, start : start + 16]
+        distances = (group[:, None, :, None] - values[:, None]).abs().min(-1).values.square() @ importance[
+            start : start + 16
+        ]
+        assert torch.equal(selector[:, start // 16].long(), distances.argmin(1))
+        for column in range(start, start + 16):
+            levels = values[selector[:, start // 16].long()]
+            code = (moved[:, column : column + 1] - levels).abs().argmin(1)
+            assert torch.equal(codes[:, column].long(), code)
+            error = moved[:, column] - levels.gather(1, code[:, None])[:, 0]
+            torch.testing.assert_close(errors[:, column], error)
+            moved[:, column + 1 :] -= error[:, None] * feedback[column, column + 1 :]
 
 
 def test_tables_rise_and_take_the_shape_of_the_weights() -> None:
     generator = torch.Generator().manual_seed(0)
-    two_humps = torch.randint(0, 2, (128, 64), generator=generator) * 2.0 - 1
-    columns = two_humps + 0.01 * torch.randn(128, 64, generator=generator)
-    table = fit_tables(columns, torch.ones(64), torch.ones(128), 2).float() * UNIT
+    two_humps = torch.randint(0, 2, (64, 128), generator=generator) * 2.0 - 1
+    targets = two_humps + 0.01 * torch.randn(64, 128, generator=generator)
+    table = fit_tables(targets, torch.ones(64), torch.ones(128), 2).float() * UNIT
     assert (table[:, 1:] >= table[:, :-1]).all()
     assert (table.abs() - 1).abs().median() < 0.05
 

@@ -10,7 +10,7 @@ import torch
 from rwkvq.errors import PlanError, QuantizationError, ShapeError
 from rwkvq.formats import TrellisLayout
 from rwkvq.formats.trellis import decode, scales_of
-from rwkvq.quantize.hessian import relative_loss
+from rwkvq.quantize.hessian import damped, relative_loss
 from rwkvq.quantize.trellis import TrellisOptions, find_row_scales, quantize, search_weights
 
 OPTIONS = TrellisOptions()
@@ -38,6 +38,33 @@ def test_feedback_lowers_the_loss() -> None:
     fed = decode(quantize(weight, moment, LAYOUT, OPTIONS, ones))
     assert relative_loss(weight, fed, moment) < 0.75 * relative_loss(weight, alone, moment)
     assert relative_loss(weight, alone, torch.eye(160)) == pytest.approx(0.0195, rel=0.15)
+
+
+def test_sweeps_lower_the_damped_loss() -> None:
+    weight, moment = weight_and_moment(5)
+    fisher = torch.rand(64, generator=torch.Generator().manual_seed(5)) + 0.1
+    hessian = damped(moment, OPTIONS.damping).float()
+    layout = TrellisLayout(64, 160, 12, 10, 32, 3, 3)
+
+    def loss(sweeps: int) -> torch.Tensor:
+        error = decode(quantize(weight, moment, layout, TrellisOptions(sweeps=sweeps), fisher)) - weight
+        return fisher * ((error @ hessian) * error).sum(1)
+
+    losses = [loss(sweeps).view(2, 32).sum(1) for sweeps in (0, 1, 3)]
+    assert (losses[1] < losses[0]).all() and (losses[2] < losses[1]).all()
+
+
+def test_rate_offsets_lower_the_loss() -> None:
+    weight, moment = weight_and_moment(6)
+    fisher = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(6)))
+
+    def loss(row_bits: int, column_bits: int) -> float:
+        layout = TrellisLayout(64, 160, 12, 10, 64, row_bits, column_bits)
+        error = decode(quantize(weight, moment, layout, OPTIONS, fisher)) - weight
+        return float(fisher @ ((error @ moment) * error).sum(1))
+
+    assert loss(3, 0) < 0.95 * loss(0, 0) and loss(0, 3) < 0.95 * loss(0, 0)
+    assert loss(3, 3) < 0.97 * min(loss(3, 0), loss(0, 3))
 
 
 def test_more_bits_lose_less() -> None:

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from rwkvq.formats import TrellisCodes, TrellisLayout
-from rwkvq.formats.trellis import codebook, decode
-from rwkvq.quantize.viterbi import encode_columns
+from rwkvq.formats.trellis import codebook, decode, symbol_ends
+from rwkvq.quantize.trellis_columns import encode_columns
 
 
-def encoded(targets: np.ndarray, layout: TrellisLayout, weights: np.ndarray | None = None) -> TrellisCodes:
+def codes_of(layout: TrellisLayout, streams: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> TrellisCodes:
+    """Streams with these offsets of rows and columns, and scales of 1."""
+    offsets = rows.to(torch.int8), columns.to(torch.int8)
+    return TrellisCodes(layout, streams, *offsets, torch.zeros(layout.rows, dtype=torch.uint8), torch.ones(1).half())
+
+
+def encoded(
+    targets: np.ndarray,
+    layout: TrellisLayout,
+    weights: np.ndarray | None = None,
+    row_offsets: np.ndarray | None = None,
+    column_offsets: np.ndarray | None = None,
+) -> TrellisCodes:
     """Encode targets [rows, columns] without feedback, with scales of 1."""
     columns = np.ascontiguousarray(targets.T.astype(np.float32))
     ones = np.ones(layout.rows, np.float32) if weights is None else weights.astype(np.float32)
-    streams, errors = encode_columns(columns.copy(), ones, np.zeros((len(columns),) * 2, np.float32), layout)
-    scale = torch.zeros(layout.rows, dtype=torch.uint8)
-    codes = TrellisCodes(layout, torch.from_numpy(streams), scale, torch.ones(1, dtype=torch.float16))
+    rows = np.zeros(layout.rows, np.int64) if row_offsets is None else row_offsets
+    shifts = np.zeros(len(columns), np.int64) if column_offsets is None else column_offsets
+    no_feedback = np.zeros((len(columns),) * 2, np.float32)
+    streams, errors = encode_columns(columns.copy(), ones, no_feedback, layout.quarter_bits + shifts, rows, layout)
+    codes = codes_of(layout, *map(torch.from_numpy, (streams, rows, shifts)))
     np.testing.assert_allclose(decode(codes).numpy(), (columns - errors).T, rtol=0, atol=1e-5)
     return codes
 
 
 def all_values(layout: TrellisLayout) -> torch.Tensor:
     """The weights [streams, length] of every stream that one sequence can have."""
-    bits = 8 * layout.sequence_bytes
+    bits = layout.length * layout.quarter_bits // 4
     streams = torch.arange(1 << bits)
     circle = streams | streams << bits
-    ends = torch.tensor(layout.widths()).cumsum(0)
+    ends = symbol_ends(torch.full((layout.length,), layout.quarter_bits))
     starts = (ends - layout.state_bits) % bits
     return codebook(layout.state_bits)[(circle[:, None] >> starts) & ((1 << layout.state_bits) - 1)]
 
@@ -39,11 +55,11 @@ def test_no_stream_with_the_same_seam_is_better(quarter_bits: int, length: int) 
     targets, weights = generator.standard_normal((length, 6)), generator.uniform(0.5, 2, length)
     codes = encoded(targets, layout, weights)
     found, values = decode(codes).double().numpy(), all_values(layout).double().numpy()
-    bits = 8 * layout.sequence_bytes
-    seam = layout.state_bits - layout.widths()[0]  # the last bits of the stream, which the first state sees
+    bits = length * quarter_bits // 4
+    seam = layout.state_bits - quarter_bits // 4  # the last bits of the stream, which the first state sees
     for column in range(6):
         costs = (values - targets[:, column]) ** 2 @ weights
-        own = int.from_bytes(bytes(codes.codes[0, column].tolist()), "little")
+        own = int.from_bytes(bytes(codes.codes[0].view(6, -1)[column].tolist()), "little")
         same_seam = np.arange(1 << bits) >> (bits - seam) == own >> (bits - seam)
         reached = float((found[:, column] - targets[:, column]) ** 2 @ weights)
         assert reached == pytest.approx(costs[own], rel=1e-4)
@@ -75,11 +91,16 @@ def test_errors_are_fed_into_later_columns() -> None:
     feedback = np.array([[9, 0.5, -0.25], [9, 9, 0.125], [9, 9, 9]], np.float32)
     ones = np.ones(32, np.float32)
     moved = targets.copy()
-    streams, errors = encode_columns(moved, ones, feedback, layout)
-    expected = targets.copy()
+    rates, offsets = np.array([12, 14, 10]), np.tile([1, -1], 16)
+    streams, errors = encode_columns(moved, ones, feedback, rates, offsets, layout)
+    expected, begin = targets.copy(), 0
     for column in range(3):
-        alone, error = encode_columns(expected[column : column + 1].copy(), ones, np.zeros((1, 1), np.float32), layout)
-        assert (alone[:, 0] == streams[:, column]).all()
+        target = expected[column : column + 1].copy()
+        alone, error = encode_columns(
+            target, ones, np.zeros((1, 1), np.float32), rates[column : column + 1], offsets, layout
+        )
+        assert (alone == streams[:, begin : begin + rates[column]]).all()
+        begin += rates[column]
         np.testing.assert_array_equal(error[0], errors[column])
         for later in range(column + 1, 3):
             expected[later] -= feedback[column, later] * error[0]
@@ -94,22 +115,40 @@ def test_rows_that_count_more_get_less_error() -> None:
     assert error[1::2].mean() < 0.8 * plain.mean() < 0.8 * error[::2].mean()
 
 
+def test_rows_and_columns_with_more_bits_get_less_error() -> None:
+    """A quarter of the squared error with every bit more, and no more of it elsewhere than the bits say."""
+    layout, generator = TrellisLayout(256, 32, 12, 12, 256, 3, 3), np.random.default_rng(3)
+    targets = generator.standard_normal((256, 32))
+    rows, columns = np.repeat([3, -3], 128), np.tile([2, -2], 16)
+    codes = encoded(targets, layout, row_offsets=rows, column_offsets=columns)
+    error = (decode(codes).numpy() - targets) ** 2
+    for row, column in itertools.product((0, 1), (0, 1)):
+        rate = (12 + rows[128 * row] + columns[column]) / 4
+        found = error[128 * row : 128 * (row + 1), column::2].mean()
+        assert found == pytest.approx(0.0195 * 4.0 ** (3 - rate), rel=0.35)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
-    ("quarter_bits", "length", "rows"), [(12, 256, 512), (13, 64, 192), (10, 32, 96), (20, 256, 256)]
+    ("quarter_bits", "length", "rows", "spread"),
+    [(12, 256, 512, 0), (13, 64, 192, 3), (10, 32, 96, 1), (20, 256, 256, 0), (7, 256, 256, 1), (18, 128, 128, 3)],
 )
-def test_a_gpu_finds_paths_as_good(quarter_bits: int, length: int, rows: int) -> None:
+def test_a_gpu_finds_paths_as_good(quarter_bits: int, length: int, rows: int, spread: int) -> None:
     from rwkvq.quantize.viterbi_cuda import encode_columns_cuda
 
-    layout, generator = TrellisLayout(rows, 24, quarter_bits, 12, length), torch.Generator().manual_seed(0)
+    layout, generator = TrellisLayout(rows, 24, quarter_bits, 12, length, 3, 3), torch.Generator().manual_seed(0)
     targets, weights = torch.randn(24, rows, generator=generator), torch.rand(rows, generator=generator) + 0.5
     feedback = 0.1 * torch.randn(24, 24, generator=generator)
+    offsets = torch.tensor([spread, -spread]).repeat(rows // 2)
+    shifts = torch.tensor([spread, 0, -spread]).repeat(8)
     moved = targets.cuda()
-    streams, errors = encode_columns_cuda(moved, weights.cuda(), feedback.cuda(), layout)
-    base, scale = torch.ones(1, dtype=torch.float16), torch.zeros(rows, dtype=torch.uint8)
-    decoded = decode(TrellisCodes(layout, streams.cpu(), scale, base))
+    streams, errors = encode_columns_cuda(
+        moved, weights.cuda(), feedback.cuda(), (quarter_bits + shifts).cuda(), offsets.cuda(), layout
+    )
+    decoded = decode(codes_of(layout, streams.cpu(), offsets, shifts))
     torch.testing.assert_close(decoded.t(), (moved - errors).cpu(), rtol=0, atol=1e-5)
-    _, expected = encode_columns(targets.numpy().copy(), weights.numpy(), feedback.numpy(), layout)
+    plain = [tensor.numpy() for tensor in (targets, weights, feedback, quarter_bits + shifts, offsets)]
+    _, expected = encode_columns(*plain, layout)
     np.testing.assert_allclose(errors[0].cpu(), expected[0], rtol=0, atol=1e-5)  # later columns see other roundings
     cost, cost_here = (float((weights * error**2).mean()) for error in (errors.cpu(), torch.from_numpy(expected)))
     assert cost == pytest.approx(cost_here, rel=0.05)

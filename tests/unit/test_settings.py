@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_shipped_params_are_valid() -> None:
     settings = load(ROOT / "params.yaml")
     assert settings.windows.samples == 128
-    assert settings.plan.policy == "rwkvquant"
+    assert settings.plan.policy == "budget"
+
+
+def test_a_preset_or_a_decision_asks_for_the_policy_that_has_them() -> None:
+    assert parse({}, "x").plan.policy == "budget"
+    assert parse({"plan": {"preset": "text"}}, "x").plan.policy == "rwkvquant"
+    assert parse({"plan": {"decision": {"share": 0.5}}}, "x").plan.policy == "rwkvquant"
+    assert parse({"plan": {"preset": "text", "policy": "sq"}}, "x").plan.policy == "sq"
 
 
 def test_every_problem_is_in_one_line() -> None:
