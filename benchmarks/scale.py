@@ -24,12 +24,13 @@ from benchmarks.quality import markdown_table
 from benchmarks.scale_model import block_bytes, quantize_one, spec_of_shape, write_model, write_texts
 from rwkvq.checkpoint.spec import ModelSpec
 from rwkvq.files import write_json
+from rwkvq.run import Run
 from rwkvq.settings import apply_overrides, parse
+from rwkvq.stages import stages_of
 
 SAMPLE_SECONDS = 0.1
 ALLOWANCE = 2 << 30
 """Bytes a process may take beside one block."""
-STAGES = ("windows", "activations", "proxies", "plan", "quantize", "pack", "evaluate")
 GB = 1e9
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
@@ -131,11 +132,11 @@ def stages(
         "run": {"workers": workers, "task_timeout": 36000.0},
     }
     values = apply_overrides(values, setting or [])
-    parse(values, "benchmarks.scale")
+    line = stages_of(Run(parse(values, "benchmarks.scale")))
     write_json(folder / "settings.json", values)
     bound = block_bytes(spec) + ALLOWANCE
     rows = []
-    for name in stage or STAGES:
+    for name in stage or [name for name in line if name != "report"]:
         rows.append(measure(name, ["run-stage", str(folder / "settings.json"), name], bound))
         typer.echo(" | ".join(rows[-1].row()))
     _save(folder, spec, rows)
@@ -163,7 +164,7 @@ def run_stage(settings: Path, name: str) -> None:
 def tensor(
     rows: int = 4096,
     columns: int = 14336,
-    method: Annotated[str, typer.Option(help="gptq or gptvq.")] = "gptvq",
+    method: Annotated[str, typer.Option(help="gptq, gptvq or trellis.")] = "gptvq",
     sweeps: int = 1,
     block: Annotated[float, typer.Option(help="One block in float32, GB; the bound is 2 GiB above it.")] = 0.87,
 ) -> None:
@@ -180,7 +181,7 @@ def tensor(
 @app.command(hidden=True)
 def run_tensor(rows: int, columns: int, method: str, sweeps: int) -> None:
     """Quantize one weight in this process."""
-    assert method in ("gptq", "gptvq")
+    assert method in ("gptq", "gptvq", "trellis")
     quantize_one(rows, columns, method, sweeps)
 
 

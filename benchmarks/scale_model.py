@@ -20,7 +20,7 @@ from rwkvq.checkpoint.names import expected_shapes
 from rwkvq.checkpoint.spec import ModelSpec, Version
 from rwkvq.checkpoint.writer import write_safetensors
 from rwkvq.files import write_json, write_text
-from rwkvq.formats import ScalarLayout, VectorLayout
+from rwkvq.formats import Layout, ScalarLayout, TrellisLayout, VectorLayout
 from rwkvq.plan.plan import PlannedTensor
 from rwkvq.quantize.block import quantize_tensor
 from rwkvq.quantize.inputs import Inputs
@@ -125,7 +125,7 @@ def write_texts(folder: Path, tokens: int) -> Texts:
     return texts
 
 
-def quantize_one(rows: int, columns: int, method: Literal["gptq", "gptvq"], sweeps: int) -> None:
+def quantize_one(rows: int, columns: int, method: Literal["gptq", "gptvq", "trellis"], sweeps: int) -> None:
     """Quantize a random weight [rows, columns] with the second moment of squared relu inputs, 3 bits."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -136,12 +136,14 @@ def quantize_one(rows: int, columns: int, method: Literal["gptq", "gptvq"], swee
     del accumulator  # its sums are as large as the moment
     weight = torch.randn(rows, columns, generator=generator).mul_(columns**-0.5)
     if method == "gptq":
-        layout: ScalarLayout | VectorLayout = ScalarLayout(rows, columns, 3, 64, True)
+        layout: Layout = ScalarLayout(rows, columns, 3, 64, True)
         options: dict[str, Any] = {"clip_search": True, "sweeps": sweeps}
+    elif method == "trellis":
+        layout, options = TrellisLayout(rows, columns, 13, 12, 256, 3, 3), {"sweeps": sweeps}
     else:
         layout = VectorLayout(rows, columns, 2, 64, 256, 128, 8, None)
         options = {"sweeps": sweeps}
     name = "blocks.0.ffn.value.weight"
     shape = (rows, columns)
     entry = PlannedTensor(name, name, None, False, "matrix", 0, shape, layout, method, options, "measured", None)
-    quantize_tensor(weight, entry, Inputs({name: moment}, {}, {}))
+    quantize_tensor(weight, entry, Inputs({name: moment}, {}, {name: torch.ones(rows)}))

@@ -192,7 +192,7 @@ class QuantizeSettings(Section):
     vector: VectorSettings = VectorSettings()
     elementwise: ElementwiseSettings = ElementwiseSettings()
     sweeps: Annotated[int, Field(ge=0, le=20)] | None = None
-    """Coordinate descent over all columns after the error feedback of GPTQ and GPTVQ. None = from the preset."""
+    """Coordinate descent over all columns after error feedback. None = 1 for policy `budget`, else from the preset."""
     damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 

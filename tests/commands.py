@@ -82,6 +82,8 @@ def quantize_arguments(inputs: Path, out: Path, *more: object) -> list[object]:
         inputs / "vocabulary.txt",
         "--workers",
         "1",
+        "--policy",
+        "rwkvquant",
         *(item for name, value in SMALL.items() for item in ("--set", f"windows.{name}={value}")),
         *more,
     ]

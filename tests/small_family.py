@@ -9,7 +9,7 @@ import yaml
 
 from tests.small import write_inputs
 
-POLICIES: dict[str, Any] = {"rtn": {"plan": {"policy": "rtn"}}, "sq": {"plan": {"policy": "sq"}}, "rwkvquant": None}
+POLICIES: dict[str, Any] = {name: {"plan": {"policy": name}} for name in ("rtn", "sq", "rwkvquant")}
 
 
 def write_family(folder: Path, **changes: Any) -> Path:

@@ -130,16 +130,26 @@ def stage(
         ),
     ],
     params: Params = Path("params.yaml"),
+    if_needed: Annotated[
+        bool, typer.Option("--if-needed", help="Do nothing where the policy of the settings needs no such stage.")
+    ] = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
     """Run one stage of the line described by the settings file; a stage that is up to date returns at once."""
     from rwkvq.run import Run
-    from rwkvq.stages import STAGES, run_stage
+    from rwkvq.stages import STAGES, run_stage, stages_of
 
     if name not in STAGES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(STAGES)}", param_hint="NAME")
     run = Run(load(params, overrides or []))
+    if if_needed and name not in stages_of(run):
+        reason = f"policy {run.settings.plan.policy} does not need it"
+        if as_json:
+            print_json({"stage": name, "ran": False, "reason": reason, "seconds": 0.0})
+        else:
+            console.print(f"{name}: {reason}")
+        return
     with run_lock(run.folder), stage_bars() as bars:
         remove_leftovers(run.folder)
         result = run_stage(run, name, bars(name))

@@ -235,7 +235,8 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
 
     The policies rtn, sq, kmeans and vq are baselines: they take what is open from preset `rwkvq` whatever the preset,
     so that they mean the same beside every preset, but no sweeps; rtn alone rounds to the plain minimum and maximum
-    unless clip_search is set. Raises SettingsError for values that contradict each other.
+    unless clip_search is set. Policy budget takes one sweep. Raises SettingsError for values that contradict each
+    other.
     """
     preset: Preset = plan.preset if plan.policy == "rwkvquant" else "rwkvq"
     default = PRESETS[preset]
@@ -244,7 +245,7 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
         policy=plan.policy,
         preset=preset,
         bits=quantize.bits,
-        sweeps=_or(quantize.sweeps, default.sweeps if plan.policy == "rwkvquant" else 0),
+        sweeps=_or(quantize.sweeps, {"rwkvquant": default.sweeps, "budget": 1}.get(plan.policy, 0)),
         damping=quantize.damping,
         decision=_resolve_decision(plan.decision, default.decision),
         scalar=ScalarArm(

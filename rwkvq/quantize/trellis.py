@@ -53,7 +53,8 @@ def quantize(
     scales = scales_of(scale, base)
     columns = (weight / scales[:, None]).t().contiguous()  # [in, out]
     importance = search_weights(scales, fisher if options.row_weights else None)
-    streams, start, targets = [], 0, columns.clone()
+    streams, start = [], 0
+    targets = columns.clone() if options.sweeps else columns
     with inverse_factor_of(second_moment.float(), options.damping) as upper:
         row_offsets, column_offsets = rate_offsets(layout, importance, column_costs(upper, columns, importance))
         rates = layout.quarter_bits + column_offsets.long()

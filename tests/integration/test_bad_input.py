@@ -137,7 +137,13 @@ def test_a_missing_evaluation_text_is_refused_at_the_start(capsys: Capture, inpu
 
 def test_a_group_size_that_does_not_divide_is_refused(capsys: Capture, inputs: Path) -> None:
     refuse_quantize(
-        capsys, inputs, ".weight", "group_size", "96", "128", more=("--set", "quantize.scalar.group_size=96")
+        capsys,
+        inputs,
+        ".weight",
+        "group_size",
+        "96",
+        "128",
+        more=("--policy", "rwkvquant", "--set", "quantize.scalar.group_size=96"),
     )
 
 
