@@ -77,7 +77,7 @@ class GradientsSettings(Section):
 class CurvesSettings(Section):
     """What each format would cost each weight (policy `budget`)."""
 
-    state_bits: Annotated[int, Field(ge=8, le=16)] = 12
+    state_bits: Annotated[int, Field(ge=8, le=16)] = 14
     """Bits of a trellis state: each more halves the speed of the encoder for a few percent less loss."""
     guide: Fraction = 0.5
     """Share of the loss-weighted second moment in the one that weights are rounded by."""

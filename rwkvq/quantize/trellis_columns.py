@@ -11,7 +11,7 @@ import numpy as np
 
 from rwkvq.formats.trellis import TrellisLayout, codebook
 from rwkvq.quantize import viterbi
-from rwkvq.quantize.viterbi import Bytes, Floats, Integers
+from rwkvq.quantize.trellis_step import Bytes, Floats, Integers
 
 
 @lru_cache(maxsize=16)
@@ -38,7 +38,7 @@ def encode_columns(
     streams = np.zeros((layout.sequences, int(ends[-1])), dtype=np.uint8)
     errors = np.empty_like(targets)
     values = reversed_codebook(layout.state_bits)
-    viterbi.encode(targets, weights, feedback, rates, row_offsets, values, layout.state_bits, ends, streams, errors)
+    viterbi.encode(targets, weights, feedback, rates, row_offsets, values, ends, streams, errors)
     return streams, errors
 
 
@@ -59,4 +59,4 @@ def sweep_columns(
     """
     ends = (rates * layout.length // 32).cumsum()
     values = reversed_codebook(layout.state_bits)
-    viterbi.sweep(quantized, pull, hessian, weights, rates, row_offsets, values, layout.state_bits, ends, streams)
+    viterbi.sweep(quantized, pull, hessian, weights, rates, row_offsets, values, ends, streams)

@@ -1,30 +1,18 @@
 """The Viterbi search of the trellis format, compiled: the cheapest tail-biting path for each sequence of weights.
 
-Here a state is numbered with its bits reversed (newest bit lowest), so that the minimum over predecessors and the
-spreading to successors both run over contiguous memory. All compiled code of the trellis quantizer is in this file:
-a compiled function is cached by the date of its own file, whatever becomes of those that it calls.
-rwkvq/quantize/trellis_columns.py has the functions to call.
+States are numbered as in rwkvq/quantize/trellis_step.py; rwkvq/quantize/trellis_columns.py has the functions to call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
-Integers = NDArray[np.int64]
+from rwkvq.quantize.trellis_step import Bytes, Floats, Integers, compiled, minima, spread
 
 WRAP = 40
 """Weights on either side of the seam that decide where a sequence is closed (five times the memory of a path)."""
 _FAR = np.float32(1e30)
 """Cost of a state that no path may start in."""
-
-compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @compiled
@@ -35,26 +23,21 @@ def encode(
     rates: Integers,
     row_offsets: Integers,
     values: Floats,
-    state_bits: int,
     ends: Integers,
     streams: Bytes,
     errors: Floats,
 ) -> None:
     columns, rows = targets.shape
     length = rows // len(streams)
-    best = np.empty(len(values) >> ((rates.min() + row_offsets.min()) // 4), dtype=np.float32)
-    scratch = np.empty((5, len(values)), dtype=np.float32)
-    choices = np.empty(len(values), dtype=np.int32)
-    back = np.empty((length, len(best)), dtype=np.uint8)
-    states = np.empty(length, dtype=np.int64)
-    widths = np.empty(length, dtype=np.int64)
+    scratch, back = _workspace(values, length, (rates.min() + row_offsets.min()) // 4)
+    states, widths = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
     for sequence in range(len(streams)):
         first = sequence * length
         counts = weights[first : first + length]
         for column in range(columns):
             target = targets[column, first : first + length]
             _fill_widths(rates[column], row_offsets[first : first + length], widths)
-            _search(target, counts, widths, values, state_bits, scratch, choices, back, states)
+            _search(target, counts, widths, values, scratch, back, states)
             begin = ends[column - 1] if column else 0
             _write(states, widths, streams[sequence, begin : ends[column]])
             error = errors[column, first : first + length]
@@ -76,18 +59,13 @@ def sweep(
     rates: Integers,
     row_offsets: Integers,
     values: Floats,
-    state_bits: int,
     ends: Integers,
     streams: Bytes,
 ) -> None:
     columns, rows = quantized.shape
     length = rows // len(streams)
-    best = np.empty(len(values) >> ((rates.min() + row_offsets.min()) // 4), dtype=np.float32)
-    scratch = np.empty((5, len(values)), dtype=np.float32)
-    choices = np.empty(len(values), dtype=np.int32)
-    back = np.empty((length, len(best)), dtype=np.uint8)
-    states = np.empty(length, dtype=np.int64)
-    widths = np.empty(length, dtype=np.int64)
+    scratch, back = _workspace(values, length, (rates.min() + row_offsets.min()) // 4)
+    states, widths = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
     target = np.empty(length, dtype=np.float32)
     for sequence in range(len(streams)):
         first = sequence * length
@@ -100,7 +78,7 @@ def sweep(
                 target[t] = now[t] + step  # where this column's error would cost least
                 before += counts[t] * step * step
             _fill_widths(rates[column], row_offsets[first : first + length], widths)
-            _search(target, counts, widths, values, state_bits, scratch, choices, back, states)
+            _search(target, counts, widths, values, scratch, back, states)
             after = np.float32(0)
             for t in range(length):
                 difference = target[t] - values[states[t]]
@@ -121,6 +99,13 @@ def sweep(
 
 
 @compiled
+def _workspace(values: Floats, length: int, narrowest: int) -> tuple[Floats, Bytes]:
+    """Costs of three steps [3, states], and the best predecessors at every step [length, states >> narrowest]."""
+    scratch = np.empty((3, len(values)), dtype=np.float32)
+    return scratch, np.empty((length, len(values) >> narrowest), dtype=np.uint8)
+
+
+@compiled
 def _fill_widths(rate: int, offsets: Integers, widths: Integers) -> None:
     """Bits of each weight's symbol: what the sum of the rates, quarters of a bit, gains in whole bits."""
     total, end = 0, 0
@@ -136,9 +121,7 @@ def _search(
     weights: Floats,
     widths: Integers,
     values: Floats,
-    state_bits: int,
     scratch: Floats,
-    choices: NDArray[np.int32],
     back: Bytes,
     states: Integers,
 ) -> None:
@@ -146,23 +129,22 @@ def _search(
     length = len(widths)
     wrap = min(WRAP, length // 2)
     free = np.int64(-1)
-    state = _walk(target, weights, widths, values, state_bits, scratch, choices, back, length - wrap, 2 * wrap, free)
+    state = _walk(target, weights, widths, values, scratch, back, length - wrap, 2 * wrap, free)
     for step in range(2 * wrap - 1, wrap - 1, -1):
-        state = _before(state, back[step], widths[(length - wrap + step) % length], state_bits)
-    seam = state & ((1 << (state_bits - widths[0])) - 1)  # what the last state hands on to the first
-    state = _walk(target, weights, widths, values, state_bits, scratch, choices, back, 0, length, seam)
+        state = _before(state, back[step], widths[(length - wrap + step) % length], len(values))
+    seam = state & ((len(values) >> widths[0]) - 1)  # what the last state hands on to the first
+    state = _walk(target, weights, widths, values, scratch, back, 0, length, seam)
     for step in range(length - 1, 0, -1):
         states[step] = state
-        state = _before(state, back[step], widths[step], state_bits)
+        state = _before(state, back[step], widths[step], len(values))
     states[0] = state
 
 
 @compiled
-def _before(state: int, back: Bytes, width: int, state_bits: int) -> int:
-    """The state before `state`, which `width` bits were shifted into."""
+def _before(state: int, back: Bytes, width: int, states: int) -> int:
+    """The one of `states` states before `state`, which `width` bits were shifted into."""
     kept = state >> width
-    before: int = (np.int64(back[kept]) << (state_bits - width)) | kept  # type: ignore[assignment]
-    return before
+    return back[kept] * (states >> width) + kept  # type: ignore[no-any-return]
 
 
 @compiled
@@ -171,9 +153,7 @@ def _walk(
     weights: Floats,
     widths: Integers,
     values: Floats,
-    state_bits: int,
     scratch: Floats,
-    choices: NDArray[np.int32],
     back: Bytes,
     first: int,
     steps: int,
@@ -193,78 +173,16 @@ def _walk(
             best[: count >> width] = _FAR
             best[seam] = 0
         else:
-            _minima(costs, best, choices, width)
-        row = back[step]
-        for kept in range(count >> width):
-            row[kept] = choices[kept]
-        if width == 1:
-            _spread1(best, others, values, target[t], weights[t])
-        elif width == 2:
-            _spread2(best, others, values, target[t], weights[t])
-        elif width == 3:
-            _spread3(best, others, values, target[t], weights[t])
-        elif width == 4:
-            _spread4(best, others, values, target[t], weights[t])
-        elif width == 5:
-            _spread5(best, others, values, target[t], weights[t])
-        else:
-            _spread6(best, others, values, target[t], weights[t])
+            minima(costs, best, back[step], width)
+        spread(best, others, values, target[t], weights[t], width)
         costs, others = others, costs
     last: int = np.int64(0)  # type: ignore[assignment]
     lowest = np.float32(3e38)
-    stride = 1 if seam < 0 else 1 << (state_bits - widths[first])
+    stride = 1 if seam < 0 else count >> widths[first]
     for state in range(max(seam, 0), count, stride):
         if costs[state] < lowest:
             last, lowest = np.int64(state), costs[state]  # type: ignore[assignment]
     return last
-
-
-@compiled
-def _minima(costs: Floats, best: Floats, choices: NDArray[np.int32], width: int) -> None:
-    """best[i] = min over h of costs[h * n + i] for n = states >> width, choices[i] the h; ties take the lowest h.
-
-    A tournament of halves: every loop compiles to vector instructions.
-    """
-    half = len(costs) >> 1
-    low, high = costs[:half], costs[half:]
-    bit = np.int32(1 << (width - 1))
-    for i in range(half):
-        a, b = low[i], high[i]
-        is_less = b < a
-        choices[i] = bit if is_less else np.int32(0)
-        best[i] = b if is_less else a
-    for round_ in range(1, width):
-        half >>= 1
-        bit = np.int32(1 << (width - 1 - round_))
-        low, high, low_choice, high_choice = best[:half], best[half:], choices[:half], choices[half:]
-        for i in range(half):
-            a, b = low[i], high[i]
-            kept, other = low_choice[i], high_choice[i] + bit
-            is_less = b < a
-            low_choice[i] = other if is_less else kept
-            low[i] = b if is_less else a
-
-
-def _make_spread(width: int) -> Callable[..., None]:
-    """A function that gives every successor its cost; the number of successors is a constant of the compiled code."""
-    successors = 1 << width
-
-    def spread(best: Floats, costs: Floats, values: Floats, target: float, weight: float) -> None:
-        kept = len(values) // successors
-        rows, levels = costs.reshape(kept, successors), values.reshape(kept, successors)
-        for i in range(kept):
-            base = best[i]
-            for new in range(successors):
-                difference = target - levels[i, new]
-                rows[i, new] = base + weight * difference * difference
-
-    # names are all that tells compiled functions apart when several processes share a cache
-    spread.__name__ = spread.__qualname__ = f"spread{width}"
-    made: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(spread)
-    return made
-
-
-_spread1, _spread2, _spread3, _spread4, _spread5, _spread6 = (_make_spread(width) for width in range(1, 7))
 
 
 @compiled
