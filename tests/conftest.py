@@ -17,6 +17,6 @@ _SOURCES = sorted((Path(__file__).parents[1] / "rwkvq" / "quantize").glob("*.py"
 _STATE = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"rwkvq-tests-{os.getuid()}-{_STATE}"))
 
-import torch
+import torch  # noqa: E402 - after the variables
 
 torch.set_num_threads(1)

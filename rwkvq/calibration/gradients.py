@@ -229,11 +229,18 @@ class _Head:
         parts = []
         for some in torch.split(normalised.detach()[0], rows):
             probabilities = F.linear(some, self.head).softmax(-1)
-            targets = torch.multinomial(probabilities, 1, generator=generator)
+            targets = sampled(probabilities, generator)
             probabilities.scatter_add_(1, targets, -torch.ones_like(targets, dtype=probabilities.dtype))
             parts.append(probabilities @ self.head)
         (result,) = torch.autograd.grad(normalised, y, torch.cat(parts)[None])
         return result
+
+
+def sampled(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token [rows, 1] drawn from each row of probabilities [rows, vocab]; several times as fast as multinomial."""
+    sums = probabilities.cumsum(-1)
+    drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, drawn, right=True).clamp_max_(sums.shape[1] - 1)
 
 
 def read_gradients(folder: Path, block: int, names: Sequence[str]) -> dict[str, Sensitivity]:

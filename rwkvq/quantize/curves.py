@@ -8,7 +8,7 @@ feedback, tells the loss of the whole weight (docs/method.md 14).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from rwkvq.quantize.rates import chosen_offset_bits, rate_offsets
 from rwkvq.quantize.tables import fit_tables, round_to_tables
 from rwkvq.quantize.trellis import AMPLITUDE, column_costs, encode, find_row_scales, search_weights
 
+STATE_BITS = 12
+"""Of the codes that are measured, at most: from one to the next the losses of all candidates shrink alike."""
 CODE = (*BLOCK_CODE, "rwkvq.plan.candidates")
 """The sources that decide the curves."""
 
@@ -111,7 +113,8 @@ def curve_of(
             rates = layout.quarter_bits + column_offsets[columns].long()
             targets = (sample / scales[:, None]).t().contiguous()
             no_feedback = torch.zeros(len(columns), len(columns))
-            error = encode(targets, rows, no_feedback, rates, row_offsets, layout)[1].t() * scales[:, None]
+            measured = replace(layout, state_bits=min(layout.state_bits, STATE_BITS))
+            error = encode(targets, rows, no_feedback, rates, row_offsets, measured)[1].t() * scales[:, None]
         else:
             assert isinstance(layout, TableLayout)
             targets, shares = sample / plain[:, None], importance[columns] / importance[columns].mean()

@@ -102,12 +102,21 @@ def whole_model_gradients(source: Checkpoint, windows: Windows, targets: Tensor,
     return seen
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    row = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = gradients.sampled(row.expand(20_000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000, 1)
+    shares = torch.bincount(drawn[:, 0], minlength=6) / 20_000
+    torch.testing.assert_close(shares, row, rtol=0, atol=0.02)
+    assert not shares[row == 0].any()
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_block_by_block_is_the_whole_model(tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source, windows, cache = cached(tmp_path, version)
     length = windows.ids.shape[1]
     fixed = torch.arange(length) % 300 + 1
-    monkeypatch.setattr(torch, "multinomial", lambda probabilities, *_, **__: fixed[: len(probabilities), None])
+    monkeypatch.setattr(gradients, "sampled", lambda probabilities, _: fixed[: len(probabilities), None])
     write_gradients(source, windows, cache, tmp_path / "gradients", count=2, seed=0)
     chosen = watched_windows(windows.held_out, 2)
     expected = [whole_model_gradients(source, windows, fixed, window) for window in chosen]
