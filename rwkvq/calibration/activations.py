@@ -32,6 +32,8 @@ CODE = (
     "rwkvq.calibration.windows",
 )
 """The sources that decide what is in the cache."""
+BATCH = 2
+"""Windows that are read at once."""
 _V_FIRST = "v_first.parquet"
 _V_FIRST_ROWS = "v_first"
 _TOKEN_OVERHEAD = 14
@@ -191,13 +193,14 @@ def cache_windows(folder: Path) -> str:
         return reader.key.windows_sha256
 
 
-def used_windows(folder: Path, block: int) -> tuple[int, int]:
-    """How many windows of a block's inputs statistics use, and their length. Raises ActivationError."""
+def used_windows(folder: Path, block: int) -> tuple[list[int], int]:
+    """The windows of a block's inputs that statistics use, and their length. Raises ActivationError."""
     with CacheReader(block_path(folder, block), _input_of(block)) as reader:
-        return reader.shape.windows - len(reader.shape.held_out), reader.shape.length
+        held_out = set(reader.shape.held_out)
+        return [window for window in range(reader.shape.windows) if window not in held_out], reader.shape.length
 
 
-def read_block(folder: Path, block: int, *, model_sha256: str, batch: int = 2) -> Iterator[InputBatch]:
+def read_block(folder: Path, block: int, *, model_sha256: str, batch: int = BATCH) -> Iterator[InputBatch]:
     """The inputs of a block, `batch` windows at a time; only these are in memory.
 
     Raises ActivationError, naming the file and the remedy: missing, damaged, of another model, other windows than the

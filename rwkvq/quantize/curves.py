@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkvq.calibration import activations
 from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import open_checkpoint
 from rwkvq.errors import QuantizationError
@@ -32,6 +33,9 @@ from rwkvq.quantize.trellis import AMPLITUDE, column_costs, encode, find_row_sca
 
 STATE_BITS = 12
 """Of the codes that are measured, at most: from one to the next the losses of all candidates shrink alike."""
+EVERY, TOKENS_PER_INPUT = 4, 16
+"""One batch of calibration windows out of so many is used, or of fewer where that leaves less tokens than this for each
+input of the widest weight."""
 CODE = (*BLOCK_CODE, "rwkvq.plan.candidates")
 """The sources that decide the curves."""
 
@@ -70,7 +74,15 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[dict[str, Any]]:
         if weight.block == work.block and weight.weight_class in ("matrix", "lora")
     ]
     candidates = {weight.name: candidates_of(weight, work.state_bits) for weight in weights}
-    calibration = Calibration(Path(work.activations), Path(work.gradients), Path(work.scratch), work.guide)
+    used, length = activations.used_windows(Path(work.activations), work.block)
+    widest = max(weight.shape[1] for weight in weights)
+    calibration = Calibration(
+        Path(work.activations),
+        Path(work.gradients),
+        Path(work.scratch),
+        work.guide,
+        every=max(1, min(EVERY, len(used) * length // (TOKENS_PER_INPUT * widest))),
+    )
     inputs = collect_inputs(source, work.block, weights, set(candidates), calibration)
     points = []
     for done, weight in enumerate(weights, 1):

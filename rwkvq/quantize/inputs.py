@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ class Calibration:
     """Where the statistics of a block come from, and how they are taken.
 
     cache, gradients: folders of the stages; guide: share of the loss-weighted second moment in that of a guided weight;
-    weighting, percentile: of element-wise weights; scratch: folder for second moments that do not stay in memory.
+    weighting, percentile: of element-wise weights; scratch: folder for second moments that do not stay in memory;
+    every: of so many batches of windows one is used.
     """
 
     cache: Path
@@ -48,6 +50,7 @@ class Calibration:
     guide: float = 0.0
     weighting: Weighting = "none"
     percentile: float = 100.0
+    every: int = 1
 
 
 def collect_inputs(
@@ -61,13 +64,17 @@ def collect_inputs(
     weights_of_tokens: dict[str, Tensor] = {}
     if guided:
         sensitivities = read_gradients(calibration.gradients, block, sorted(guided))
-        used = activations.used_windows(calibration.cache, block)
-        weights_of_tokens = {name: token_weights(item, used, calibration) for name, item in sensitivities.items()}
+        used, length = activations.used_windows(calibration.cache, block)
+        taken = torch.tensor([window // activations.BATCH % calibration.every == 0 for window in used])
+        weights_of_tokens = {
+            name: token_weights(item, (len(used), length), calibration)[taken] for name, item in sensitivities.items()
+        }
+    batches = activations.read_block(calibration.cache, block, model_sha256=source.identity())
     collected = statistics.collect(
         source.spec,
         block,
         load_block(source, block, without=("ffn.value.weight",)),
-        activations.read_block(calibration.cache, block, model_sha256=source.identity()),
+        islice(batches, 0, None, calibration.every),
         wanted,
         weighting=calibration.weighting,
         percentile=calibration.percentile,

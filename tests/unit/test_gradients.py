@@ -145,8 +145,23 @@ def test_fisher_guide_and_energy_are_what_they_say(tmp_path: Path) -> None:
     mixed = collect_inputs(source, 1, [weight], {weight.name}, blended)
     torch.testing.assert_close(mixed.second_moments[weight.name], 0.75 * plain + 0.25 * moment, rtol=1e-3, atol=1e-5)
     assert torch.equal(mixed.fisher[weight.name], found.fisher)
-    assert used_windows(cache, 1) == (4, 24)
+    assert used_windows(cache, 1) == ([1, 2, 3, 4], 24)
     assert token_weights(found, (4, 24), blended)[3].tolist() == [0.75] * 24
+
+
+def test_statistics_of_some_batches_keep_their_tokens(tmp_path: Path) -> None:
+    """Of the batches (0, 1), (2, 3), (4) every other one has windows 1 and 4, of which 1 is watched; 0 is held out."""
+    source, windows, cache = cached(tmp_path, "x070")
+    write_gradients(source, windows, cache, tmp_path / "gradients", count=1, seed=1)
+    weight = linear_weights(source, 1)[0]
+
+    def moment(guide: float, every: int) -> Tensor:
+        calibration = Calibration(cache, tmp_path / "gradients", tmp_path, guide=guide, every=every)
+        return collect_inputs(source, 1, [weight], {weight.name}, calibration).second_moments[weight.name]
+
+    torch.testing.assert_close(moment(1.0, 2), 2 * moment(1.0, 1))
+    plain, some = moment(0.0, 1), moment(0.0, 2)
+    assert not torch.equal(plain, some) and float(some.trace()) == pytest.approx(float(plain.trace()), rel=0.2)
 
 
 def test_workers_and_repetition_change_no_byte(tmp_path: Path) -> None:
