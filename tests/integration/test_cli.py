@@ -182,6 +182,20 @@ def test_generated_texts_calibrate_a_model(
         assert command(capsys, "stage", name, "--params", params, *set_text).code == 0
 
 
+def test_a_stage_that_the_policy_does_not_need(
+    capsys: Capture, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    params = write_params(tmp_path / "params.yaml", undisturbed[1] | {"run_dir": str(run)})
+    outcome = command(capsys, "stage", "gradients", "--params", params, "--if-needed")
+    assert outcome.code == 0 and "policy rwkvquant does not need it" in outcome.err
+    found = read_json(command(capsys, "stage", "curves", "--params", params, "--if-needed", "--json"))
+    assert (found["stage"], found["ran"]) == ("curves", False)
+    assert not run.exists()
+    assert command(capsys, "stage", "windows", "--params", params, "--if-needed").code == 0
+    assert (run / "windows.parquet").is_file()
+
+
 # ---------------------------------------------------------------------------------------------- the plan
 
 
