@@ -63,10 +63,13 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into the folder OUT: the whole line in this process, no server."""
+    from rwkvq.plan.plan import Plan
     from rwkvq.publish import check_target
 
     check_target(out, overwrite=overwrite)
     folder = work or out.with_name(out.name + ".work")
+    if plan_file and policy is None and preset is None:
+        policy = Plan.read(plan_file).policy
     plan = {"policy": policy, "preset": preset, "formats": formats, "bpw": bpw, "size": size}
     values: dict[str, Any] = {
         "model": str(model),

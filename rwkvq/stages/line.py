@@ -12,6 +12,7 @@ from rwkvq.artifact.manifest import reason_to_run, record
 from rwkvq.errors import EvaluationError, RwkvqError
 from rwkvq.files import Progress, code_version, no_progress
 from rwkvq.models.tokenizer import check_fits, load_tokenizer
+from rwkvq.quantize.block import NEEDS_GRADIENTS
 from rwkvq.run import Run, text_hash, tokenizer_hash
 from rwkvq.stages.blocks import checked_plan
 from rwkvq.stages.healing import heal_inputs
@@ -106,12 +107,19 @@ def run_line(
     with WorkerPool(run.workers, run.settings.run.threads) as pool:  # workers start while earlier stages run
         pooled = Run(run.settings, pool)
         results = []
-        for name in list(STAGES) if plan_file else stages_of(run):
+        for name in stages_of(run) if plan_file is None else _stages_with(run, plan_file):
             if name == "plan" and plan_file is not None:
                 results.append(adopt_plan(pooled, plan_file))
             else:
                 results.append(run_stage(pooled, name, progress(name)))
     return results
+
+
+def _stages_with(run: Run, plan_file: Path) -> list[str]:
+    """The stages of a run with a plan made elsewhere, whose methods may need more than those of the run's policy."""
+    methods = {entry.method for entry in checked_plan(run, plan_file).tensors}
+    needed = {*stages_of(run), "activations"} | ({"gradients"} if methods & NEEDS_GRADIENTS else set())
+    return [name for name in STAGES if name in needed]
 
 
 def clear_work(run: Run) -> None:
