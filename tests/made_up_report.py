@@ -198,6 +198,7 @@ def report(layers: int = 6, width: int = 256) -> ReportData:
             Disjointness("books_validation.txt", 32_256, 0, 32),
             Disjointness("lambada_dev.jsonl", 21_344, 0, 32),
         ),
+        budget=None,
         proxies=plane(rows),
         tensors=rows,
         stages=tuple(StageTime(name, seconds, name == "windows") for name, seconds in stages),

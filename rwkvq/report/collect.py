@@ -20,6 +20,7 @@ from rwkvq.proxies import table
 from rwkvq.report import html, markdown, tables
 from rwkvq.report.data import (
     Arm,
+    Budget,
     Calibration,
     Disjointness,
     Estimate,
@@ -61,6 +62,7 @@ def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportDat
             Disjointness(name, item["positions"], item["shared"], item["size"])
             for name, item in evaluation.get("disjoint", {}).items()
         ),
+        budget=_budget(plan),
         proxies=_proxies(run, plan),
         tensors=tuple(_tensor_row(entry, artifact.errors.get(entry.name)) for entry in plan.tensors),
         stages=tuple(StageTime(name, seconds[name]) for name in STAGE_ORDER if name in seconds),
@@ -178,6 +180,14 @@ def _calibration(run: Run) -> Calibration | None:
     used = windows.read_windows(run.windows)
     held_out = int(used.held_out.sum())
     return Calibration(Path(used.source).name, len(used.ids) - held_out, used.ids.shape[1], held_out, used.seed)
+
+
+def _budget(plan: Plan) -> Budget | None:
+    if plan.policy != "budget":
+        return None
+    decision = plan.decision
+    target = f"{decision['bpw']} bits a matrix weight" if "bpw" in decision else f"a weight file of {decision['size']}"
+    return Budget(target, str(decision["formats"]), float(decision["predicted_kl"]))
 
 
 def _proxies(run: Run, plan: Plan) -> ProxyPlane | None:

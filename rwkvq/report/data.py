@@ -126,6 +126,17 @@ class ProxyPlane:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """What policy `budget` was given and what it expected."""
+
+    target: str
+    """In words, for example `3.275 bits a matrix weight`."""
+    formats: str
+    predicted_kl: float
+    """Nats a token."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRow:
     """One weight of the plan and what became of it."""
 
@@ -173,6 +184,8 @@ class ReportData:
     evaluation: Evaluation | None
     calibration: Calibration | None
     disjointness: tuple[Disjointness, ...]
+    budget: Budget | None
+    """None for every policy but `budget`."""
     proxies: ProxyPlane | None
     tensors: tuple[TensorRow, ...]
     stages: tuple[StageTime, ...]

@@ -13,6 +13,7 @@ from rwkvq.report.style import style_sheet
 from rwkvq.report.tables import (
     Table,
     bits_table,
+    budget_sentences,
     disjointness_sentences,
     flatten,
     measured_on,
@@ -101,9 +102,16 @@ def _bits(report: ReportData) -> str:
     )
 
 
+def _budget(report: ReportData) -> str:
+    sentences = budget_sentences(report)
+    if not sentences:
+        return ""
+    return f'<section><h2>Budget</h2><p class="lead">{escape(sentences[0])}</p>{notes_markup(sentences[1:])}</section>'
+
+
 def _plane(report: ReportData) -> str:
     plane = report.proxies
-    if plane is None or not plane.rows:
+    if report.budget is not None or plane is None or not plane.rows:
         return ""
     rule = f"Decision: {plane.decision}. Gap mode {plane.gap_mode}."
     region = (
@@ -177,7 +185,7 @@ def document(title: str, style: str, body: str) -> str:
 def render(report: ReportData) -> str:
     """The page. Every text in it is escaped; it opens without a network and holds no time of making."""
     cards = "".join(map(card_markup, headlines(report)))
-    sections = (_quality, _bits, _plane, _maps, _times, _appendix)
+    sections = (_quality, _bits, _budget, _plane, _maps, _times, _appendix)
     body = (
         f'<header><p class="kicker">rwkvq report</p><h1>{escape(report.model)}</h1>'
         f'<p class="lead">{escape(model_sentence(report))}</p></header>'

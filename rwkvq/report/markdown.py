@@ -9,6 +9,7 @@ from rwkvq.report.headlines import headlines
 from rwkvq.report.tables import (
     Table,
     bits_table,
+    budget_sentences,
     disjointness_sentences,
     measured_on,
     model_sentence,
@@ -54,6 +55,8 @@ def markdown(report: ReportData) -> str:
     if report.disjointness:
         sections.append("\n".join(f"- {escape_markdown(sentence)}" for sentence in disjointness_sentences(report)))
     sections += ["## Honest bits", markdown_table(bits_table(report)), markdown_table(parts_table(report))]
+    if report.budget is not None:
+        sections += ["## Budget", *(escape_markdown(sentence) for sentence in budget_sentences(report))]
     if report.stages:
         sections += ["## Wall time", markdown_table(stage_table(report))]
     return "\n\n".join(sections) + "\n"

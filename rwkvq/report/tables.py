@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -175,6 +176,21 @@ def tensor_table(rows: Iterable[TensorRow]) -> Table:
         for row in rows
     )
     return Table(("tensor", "class", "format / method", "weights", "bits", "error, %", "reason"), cells, "lllrrrl")
+
+
+def budget_sentences(report: ReportData) -> list[str]:
+    """What policy `budget` was asked for, what it expected and what was measured; none for another policy."""
+    budget, measured = report.budget, report.quality_of("quantized")
+    if budget is None:
+        return []
+    formats = Counter(row.format for row in report.tensors if row.method in ("trellis", "table"))
+    found = "" if measured is None or measured.kl is None else f", measured {estimate_text(measured.kl)}"
+    return [
+        f"Divergence from the float model, nats a token: predicted {number_text(budget.predicted_kl)}{found}.",
+        f"Asked for {budget.target}, formats {budget.formats}; bits go where the loss depends on them. "
+        f"Matrices and LoRA factors: {', '.join(f'{count} {name}' for name, count in sorted(formats.items()))}. "
+        "The reason for each is in the table of tensors.",
+    ]
 
 
 def disjointness_sentences(report: ReportData) -> list[str]:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rwkvq.report.data import ReportData
+from rwkvq.report.data import Budget, ReportData
 from rwkvq.report.html import render
 from tests.made_up_report import report
 
@@ -125,6 +125,13 @@ def test_every_text_is_escaped(data: ReportData) -> None:
     reader = _Reader(render(hostile))
     assert "script" not in reader.tags
     assert not any(name.startswith("on") for name, _ in reader.attributes)
+
+
+def test_a_budget_stands_in_place_of_the_proxies(data: ReportData, page: str) -> None:
+    assert "<h2>Proxies and choice</h2>" in page and "<h2>Budget</h2>" not in page
+    asked = render(replace(data, policy="budget", budget=Budget("a weight file of <1GB>", "quality", 0.0174)))
+    assert "<h2>Proxies and choice</h2>" not in asked and "<h2>Budget</h2>" in asked
+    assert "predicted 0.01740" in asked and "a weight file of &lt;1GB&gt;" in asked
 
 
 def test_parts_that_were_not_run_leave_no_empty_section(data: ReportData) -> None:

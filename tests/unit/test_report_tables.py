@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from rwkvq.report.data import Disjointness, Estimate, ReportData
+from rwkvq.report.data import Budget, Disjointness, Estimate, ReportData
 from rwkvq.report.headlines import headlines
 from rwkvq.report.tables import (
     bits_table,
+    budget_sentences,
     disjointness_sentences,
     flatten,
     measured_on,
@@ -133,6 +134,18 @@ def test_token_counts_go_with_the_figures(data: ReportData) -> None:
     text = " ".join(measured_on(data))
     assert "65,536 tokens" in text and "32,768 predictions" in text and "500 examples" in text
     assert measured_on(replace(data, evaluation=None, calibration=None)) == []
+
+
+def test_a_budget_says_what_it_expected_and_what_came(data: ReportData) -> None:
+    assert budget_sentences(data) == []
+    rows = tuple(replace(row, format="trellis", method="trellis") for row in data.tensors[:3])
+    asked = replace(data, tensors=rows, budget=Budget("3.275 bits a matrix weight", "quality", 0.0174195))
+    first, second = budget_sentences(asked)
+    measured = data.quality_of("quantized")
+    assert measured is not None and measured.kl is not None
+    assert first.startswith("Divergence from the float model, nats a token: predicted 0.01742, measured 0.05")
+    assert "Asked for 3.275 bits a matrix weight, formats quality" in second and "3 trellis." in second
+    assert "measured" not in budget_sentences(replace(asked, quality=()))[0]
 
 
 def test_stage_times_and_their_sum(data: ReportData) -> None:
