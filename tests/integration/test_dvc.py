@@ -151,6 +151,10 @@ def test_experiments(repository: Path, where: tuple[str, ...]) -> None:
 
 @pytest.mark.slow
 def test_policies_are_queued_and_compared(repository: Path) -> None:
+    # dvc.lock knows nothing of the family here, and `dvc exp apply` checks out every output there is
+    pipelines = yaml.safe_load(Path("dvc.yaml").read_text())
+    pipelines["stages"] = {name: stage for name, stage in pipelines["stages"].items() if name in LINE}
+    Path("dvc.yaml").write_text(yaml.safe_dump(pipelines, sort_keys=False))
     finish_and_commit()
     policies = ("rtn", "sq", "rwkvquant")
     dvc("exp", "run", "--queue", "-S", f"plan.policy={','.join(policies)}", "report")
