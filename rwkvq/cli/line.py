@@ -141,23 +141,21 @@ def stage(
 ) -> None:
     """Run one stage of the line described by the settings file; a stage that is up to date returns at once."""
     from rwkvq.run import Run
-    from rwkvq.stages import STAGES, run_stage, stages_of
+    from rwkvq.stages import STAGES, StageResult, run_stage, stages_of
 
     if name not in STAGES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(STAGES)}", param_hint="NAME")
     run = Run(load(params, overrides or []))
     if if_needed and name not in stages_of(run):
-        reason = f"policy {run.settings.plan.policy} does not need it"
-        if as_json:
-            print_json({"stage": name, "ran": False, "reason": reason, "seconds": 0.0})
-        else:
-            console.print(f"{name}: {reason}")
-        return
-    with run_lock(run.folder), stage_bars() as bars:
-        remove_leftovers(run.folder)
-        result = run_stage(run, name, bars(name))
-        if not result.ran:
-            bars.note(name, result.reason)
+        result = StageResult(name, False, f"policy {run.settings.plan.policy} does not need it", 0.0)
+        if not as_json:
+            console.print(f"{name}: {result.reason}")
+    else:
+        with run_lock(run.folder), stage_bars() as bars:
+            remove_leftovers(run.folder)
+            result = run_stage(run, name, bars(name))
+            if not result.ran:
+                bars.note(name, result.reason)
     if as_json:
         print_json({"stage": name, "ran": result.ran, "reason": result.reason, "seconds": round(result.seconds, 2)})
 
