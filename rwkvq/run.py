@@ -111,7 +111,13 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """Parallel block jobs: run.workers, or as many as the cores allow with run.threads threads each."""
+        """Parallel block jobs: run.workers, or as many as the cores allow with run.threads threads each, 1 on a GPU."""
+        run = self.settings.run
+        return run.workers or (1 if run.device == "cuda" else self.processor_workers)
+
+    @property
+    def processor_workers(self) -> int:
+        """Blocks that are worked on at once where no GPU helps: run.workers, or as many as the cores allow."""
         run = self.settings.run
         return run.workers or max(1, cores() // run.threads)
 

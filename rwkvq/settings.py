@@ -23,6 +23,7 @@ Preset = Literal["text", "camera", "official", "rwkvq"]
 DecisionMode = Literal["fixed", "percentile", "share", "maxrms"]
 ShareBy = Literal["count", "weights", "bits"]
 FormatSet = Literal["quality", "speed"]
+Device = Literal["cpu", "cuda"]
 Bits = Literal[2, 3, 4, 8]
 Dimension = Literal[1, 2, 4]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -198,10 +199,13 @@ class QuantizeSettings(Section):
 
 
 class RunSettings(Section):
-    """Where and how work runs. Changes nothing in any result, but for `threads`."""
+    """Where and how work runs. Changes nothing in any result, but for `threads` and `device`."""
 
+    device: Device = "cpu"
+    """Where activations, gradients, second moments and trellis codes are computed. Sums are rounded otherwise on a GPU,
+    which changes some codes; formats without a kernel are made on the processor."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Parallel block jobs; 0 = one per core."""
+    """Parallel block jobs; 0 = one per core, or one on a GPU, which a single job fills."""
     threads: PositiveInt = 1
     """Torch threads of each block job. Another number splits products otherwise, which may change some codes."""
     runner: Literal["threads", "processes", "dask", "ray"] = "threads"

@@ -39,6 +39,8 @@ from rwkvq.hashes import cache_file
 from rwkvq.plan.plan import Plan
 from rwkvq.quantize import block
 from rwkvq.quantize.block import BlockJob, OnEvent
+from rwkvq.quantize.results import read_done
+from rwkvq.settings import Device
 from rwkvq.store import Store, StoredFile
 
 _PLAN = "plan.json"
@@ -52,7 +54,7 @@ class RemoteJob:
     """A block job without a path of the machine that sent it.
 
     store: URL. checkpoint: the file, or all files of the folder of shards (is_folder). plan, inputs: files of the job.
-    results: work key by name of the tensor. code: version of the code that the sender expects.
+    results: work key by name of the tensor. device: where it computes. code: version that the sender expects.
     """
 
     store: str
@@ -62,6 +64,7 @@ class RemoteJob:
     inputs: tuple[StoredFile, ...]
     results: Mapping[str, str]
     block: int | None
+    device: Device
     code: str
 
     @classmethod
@@ -104,6 +107,7 @@ def send(store: Store, job: BlockJob) -> RemoteJob:
         inputs=tuple(sent[name] for name in inputs if name != _PLAN),
         results=_work_keys(job),
         block=job.block,
+        device=job.device,
         code=code_version(block.CODE),
     )
 
@@ -136,6 +140,7 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
             str(folder / "quantized"),
             remote.block,
             str(folder / "activations"),
+            remote.device,
         )
         for file in remote.inputs:
             _fetched(store, file, folder / "activations")
@@ -177,12 +182,12 @@ def _fetch_results(store: Store, folder: Path, keys: Mapping[str, str]) -> list[
     missing = []
     for name, key in keys.items():
         path = _result_path(folder, name)
-        if block.read_done(path, key) is not None:
+        if read_done(path, key) is not None:
             continue
         try:
             if store.size(_result(key)) is None:
                 raise StoredObjectError(key)
-            store.get(_result(key), path, lambda found, key=key: block.read_done(found, key) is not None)  # type: ignore[misc]
+            store.get(_result(key), path, lambda found, key=key: read_done(found, key) is not None)  # type: ignore[misc]
         except StoredObjectError:
             missing.append(name)
     return missing

@@ -18,6 +18,7 @@ from rwkvq.calibration.cache import REMEDY, BeyondFloat16Error, CacheKey, CacheR
 from rwkvq.calibration.windows import Windows, model_inputs
 from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.device import CPU
 from rwkvq.errors import ActivationError
 from rwkvq.files import atomic_path, code_version, make_folder
 from rwkvq.models import batches_at_once, embed, fitting_batch, load_block, run_block
@@ -52,6 +53,11 @@ class InputBatch:
     x: Tensor
     v_first: Tensor | None
     held_out: Tensor
+
+    def to(self, device: torch.device) -> InputBatch:
+        """The batch with its tensors on `device`."""
+        v_first = None if self.v_first is None else self.v_first.to(device)
+        return InputBatch(self.x.to(device), v_first, self.held_out)
 
     def without_held_out(self) -> InputBatch:
         """Only the windows that statistics use."""
@@ -96,19 +102,21 @@ def write_activations(
     settings: ActivationsSettings,
     *,
     workers: int = 1,
+    device: torch.device = CPU,
     on_block: Callable[[int], None] = lambda block: None,
 ) -> list[Path]:
     """Write the input of every block (and v_first of x070) into `folder`; return the files.
 
     A file that is there, undamaged and of the same model, windows and code is kept; only the others are computed, each
     from the file before it. One block's weights and workers + 1 batches of windows are in memory. workers: batches that
-    run at once, each with torch's number of threads; it changes no byte. on_block(i): the inputs of block i are there.
+    run at once, each with torch's number of threads; it changes no byte. device: where blocks run.
+    on_block(i): the inputs of block i are there.
     Raises CheckpointError, ActivationError (values that are not finite), OutputError.
     """
     length = windows.ids.shape[1]
     batch = fitting_batch(source.spec, length, settings.batch)
-    workers = batches_at_once(source.spec, batch * length, workers)
-    job = _Job(source, windows, make_folder(folder), cache_key(source, windows), batch, workers)
+    workers = batches_at_once(source.spec, batch * length, workers, device)
+    job = _Job(source, windows, make_folder(folder), cache_key(source, windows), batch, workers, device)
     for step in range(source.spec.layers):
         if not all(job.is_valid(rows, path) for rows, path in job.outputs(step).items()):
             job.run(step)
@@ -126,6 +134,7 @@ class _Job:
     key: CacheKey
     batch: int
     workers: int
+    device: torch.device
 
     @property
     def shape(self) -> CacheShape:
@@ -178,11 +187,12 @@ class _Job:
 
     def _advanced(self, block: int) -> Iterator[tuple[Tensor, ...]]:
         """The output of a block on its cached inputs, batch by batch: (x,) or (x, v_first)."""
-        weights = load_block(self.source, block)
+        weights = load_block(self.source, block, device=self.device)
 
         def run(batch: InputBatch) -> tuple[Tensor, ...]:
+            batch = batch.to(self.device)
             x, _, v_first = run_block(self.source.spec, block, weights, batch.x, v_first=batch.v_first)
-            return (x,) if v_first is None else (x, v_first)
+            return (x.cpu(),) if v_first is None else (x.cpu(), v_first.cpu())
 
         return map_in_order(run, _read(self.folder, block, self.key, self.batch), self.workers)
 

@@ -26,6 +26,7 @@ from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.checkpoint.names import Weight, weights_of
 from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.writer import write_safetensors
+from rwkvq.device import CPU
 from rwkvq.errors import ActivationError
 from rwkvq.files import make_folder, sha256_of_bytes
 from rwkvq.models import batches_at_once, load_block, run_block_with_graph
@@ -76,17 +77,18 @@ def write_gradients(
     count: int,
     seed: int,
     workers: int = 1,
+    device: torch.device = CPU,
     on_block: Callable[[int], None] = lambda block: None,
 ) -> list[Path]:
     """Write the sensitivities of every block into `folder`, from the last to the first; return the files.
 
-    cache: folder of the activation cache of `windows`; count: windows to watch. workers change no byte. Raises
-    CheckpointError, ActivationError (cache damaged, gradients that are not finite), OutputError.
+    cache: folder of the activation cache of `windows`; count: windows to watch. workers change no byte; device: where
+    blocks run. Raises CheckpointError, ActivationError (cache damaged, gradients that are not finite), OutputError.
     """
     chosen = watched_windows(windows.held_out, count)
     if not chosen:
         raise ActivationError("gradients: every window is held out; set windows.samples to 1 or more")
-    work = _Pass(source, windows, cache, make_folder(folder), chosen, seed, workers)
+    work = _Pass(source, windows, cache, make_folder(folder), chosen, seed, workers, device)
     for block in reversed(range(source.spec.layers)):
         work.run(block)
         on_block(block)
@@ -96,19 +98,20 @@ def write_gradients(
 class _Sums:
     """Sums of one weight over its watched tokens."""
 
-    def __init__(self, outputs: int, windows: int, length: int) -> None:
-        self.fisher = torch.zeros(outputs, dtype=torch.float64)
-        self.squares = torch.zeros(windows, length)
-        self.energy = torch.zeros(windows, length)
+    def __init__(self, outputs: int, windows: int, length: int, device: torch.device) -> None:
+        self.fisher = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(windows, length, device=device)
+        self.energy = torch.zeros(windows, length, device=device)
 
     def finish(self) -> dict[str, Tensor]:
         """The parts of a Sensitivity."""
-        limit = float(np.quantile(self.squares.numpy(), CLIP_QUANTILE))
-        clipped = self.squares.clamp_max(limit).double()
-        whole = float((clipped * self.energy).sum())
+        squares, energies = self.squares.cpu(), self.energy.cpu()
+        limit = float(np.quantile(squares.numpy(), CLIP_QUANTILE))
+        clipped = squares.clamp_max(limit).double()
+        whole = float((clipped * energies).sum())
         guide = clipped / whole if whole > 0 else torch.zeros_like(clipped)
-        fisher = self.fisher / self.squares.numel()
-        energy = self.energy.double().mean().reshape(1)
+        fisher = self.fisher.cpu() / squares.numel()
+        energy = energies.double().mean().reshape(1)
         return {"fisher": fisher.float(), "guide": guide.float(), "energy": energy.float()}
 
 
@@ -124,11 +127,13 @@ class _Pass:
         chosen: list[int],
         seed: int,
         workers: int,
+        device: torch.device,
     ) -> None:
         self.source, self.cache, self.folder, self.chosen, self.seed = source, cache, folder, chosen, seed
-        spec, self.length = source.spec, windows.ids.shape[1]
-        self.workers = batches_at_once(spec, 4 * self.length, workers)  # what is recorded takes several times as much
-        self.gradients = torch.zeros(len(chosen), self.length, spec.width)
+        spec, self.length, self.device = source.spec, windows.ids.shape[1], device
+        # what is recorded takes several times as much
+        self.workers = batches_at_once(spec, 4 * self.length, workers, device)
+        self.gradients = torch.zeros(len(chosen), self.length, spec.width, device=device)
         has_v_first = spec.version == "x070" and spec.layers > 1
         self.v_first = torch.zeros_like(self.gradients) if has_v_first else None
         shapes = {name: source.shape(name) for name in source.names()}
@@ -137,10 +142,10 @@ class _Pass:
     def run(self, block: int) -> None:
         """Take the gradients through a block: write its sensitivities, leave the gradients of its input."""
         watched = [weight for weight in self.weights if weight.block == block]
-        weights = load_block(self.source, block)
-        head = _Head.of(self.source) if block == self.source.spec.layers - 1 else None
+        weights = load_block(self.source, block, device=self.device)
+        head = _Head.of(self.source, self.device) if block == self.source.spec.layers - 1 else None
         count = len(self.chosen)
-        sums = {weight.name: _Sums(weight.shape[0], count, self.length) for weight in watched}
+        sums = {weight.name: _Sums(weight.shape[0], count, self.length, self.device) for weight in watched}
 
         def step(item: tuple[int, InputBatch]) -> tuple[int, dict[str, tuple[Tensor, Tensor, Tensor]]]:
             return item[0], self._step(block, weights, watched, head, *item)
@@ -182,6 +187,7 @@ class _Pass:
             squares = gradient.square()
             seen[name] = squares.sum((0, 1), dtype=torch.float64), squares.mean(-1)[0], x.square().sum(-1)[0]
 
+        batch = batch.to(self.device)
         x = batch.x.requires_grad_()
         v_first = None if batch.v_first is None else batch.v_first.requires_grad_()
         y, v_out = run_block_with_graph(self.source.spec, block, tapped(weights, watched, note), x, v_first=v_first)
@@ -214,11 +220,11 @@ class _Head:
     head: Tensor
 
     @classmethod
-    def of(cls, source: WeightSource) -> _Head:
+    def of(cls, source: WeightSource, device: torch.device) -> _Head:
         """Read them from the checkpoint."""
         names = ("ln_out.weight", "ln_out.bias")
-        weight, bias = (source.tensor(name).reshape(-1).float() for name in names)
-        return cls(weight, bias, source.tensor("head.weight").float())
+        weight, bias = (source.tensor(name).reshape(-1).to(device, torch.float32) for name in names)
+        return cls(weight, bias, source.tensor("head.weight").to(device, torch.float32))
 
     def gradient(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """dL/dy [1, time, width] of the summed cross entropy to targets drawn from the softmax of each token."""
@@ -239,7 +245,7 @@ class _Head:
 def sampled(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """One token [rows, 1] drawn from each row of probabilities [rows, vocab]; several times as fast as multinomial."""
     sums = probabilities.cumsum(-1)
-    drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+    drawn = torch.rand(len(sums), 1, generator=generator).to(sums.device) * sums[:, -1:]
     return torch.searchsorted(sums, drawn, right=True).clamp_max_(sums.shape[1] - 1)
 
 

@@ -18,6 +18,7 @@ from rwkvq.calibration.sites import Needs, needs_of
 from rwkvq.calibration.spill import Moments, Spilled
 from rwkvq.checkpoint.names import Weight
 from rwkvq.checkpoint.spec import ModelSpec
+from rwkvq.device import CPU
 from rwkvq.errors import ActivationError
 from rwkvq.models import fitting_batch, observe_block
 
@@ -50,11 +51,12 @@ class SecondMoment:
     stripes share one allocation: memory of that size goes back to the system when it is freed.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, device: torch.device = CPU) -> None:
         self.features = features
+        self.device = device
         self.tokens = 0
         shapes = [(min(_STRIPE, features - start), features - start) for start in range(0, features, _STRIPE)]
-        sums = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float64)
+        sums = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float64, device=device)
         parts = torch.split(sums, [math.prod(shape) for shape in shapes])
         self._stripes = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -81,7 +83,7 @@ class SecondMoment:
 
     def finish(self) -> Tensor:
         """Mean of x x^T, float32 [features, features], exactly symmetric; raises ValueError if no token was seen."""
-        result = torch.empty(self.features, self.features)
+        result = torch.empty(self.features, self.features, device=self.device)
         start = 0
         for rows in self.finished_rows():
             result[start : start + len(rows)] = rows
@@ -94,7 +96,7 @@ class SecondMoment:
             raise ValueError("no tokens")
         for index, stripe in enumerate(self._stripes):
             here = slice(index * _STRIPE, index * _STRIPE + len(stripe))
-            rows = torch.empty(len(stripe), self.features)
+            rows = torch.empty(len(stripe), self.features, device=self.device)
             for above, other in enumerate(self._stripes[:index]):
                 begin = above * _STRIPE
                 rows[:, begin : begin + len(other)] = self._mean(other[:, here.start - begin : here.stop - begin]).T
@@ -115,12 +117,13 @@ class ChannelImportance:
     |mean over tokens of x|. none: ones.
     """
 
-    def __init__(self, features: int, weighting: Weighting, percentile: float) -> None:
+    def __init__(self, features: int, weighting: Weighting, percentile: float, device: torch.device = CPU) -> None:
         self.features = features
+        self.device = device
         self.sequences = 0
         self.weighting = weighting
         self.percentile = percentile
-        self._sum = torch.zeros(features, dtype=torch.float64)
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Take in x [sequences, time, features], float32; each row of the batch is one whole sequence."""
@@ -137,7 +140,7 @@ class ChannelImportance:
             return x.clamp(-limit, limit).mean(1, dtype=torch.float64)
         if self.weighting == "official":
             return x.mean(1, dtype=torch.float64).abs()
-        return torch.ones(len(x), x.shape[2], dtype=torch.float64)
+        return torch.ones(len(x), x.shape[2], dtype=torch.float64, device=x.device)
 
     def merge(self, other: ChannelImportance) -> None:
         """Take in all that `other` has seen; it must have the same weighting and percentile."""
@@ -206,20 +209,20 @@ class BlockAccumulator:
     def observe(self, site: str, x: Tensor) -> None:
         """Take in what a site sees, x [batch, time, features]."""
         if site in self._needs.moments:
-            self._moment(site, x.shape[-1]).add(x)
+            self._moment(site, x.shape[-1], x.device).add(x)
         for name in self._needs.weighted.get(site, ()):
-            self._moment(name, x.shape[-1]).add(x, self._token_weights[name][self._windows])
+            self._moment(name, x.shape[-1], x.device).add(x, self._token_weights[name][self._windows])
         if site in self._needs.importance:
-            self._channels(site, x.shape[-1]).add(x)
+            self._channels(site, x.shape[-1], x.device).add(x)
 
-    def _moment(self, site: str, features: int) -> SecondMoment:
+    def _moment(self, site: str, features: int, device: torch.device) -> SecondMoment:
         if site not in self._moments:
-            self._moments[site] = SecondMoment(features)
+            self._moments[site] = SecondMoment(features, device)
         return self._moments[site]
 
-    def _channels(self, site: str, features: int) -> ChannelImportance:
+    def _channels(self, site: str, features: int, device: torch.device) -> ChannelImportance:
         if site not in self._importance:
-            self._importance[site] = ChannelImportance(features, self._weighting, self._percentile)
+            self._importance[site] = ChannelImportance(features, self._weighting, self._percentile, device)
         return self._importance[site]
 
     def merge(self, other: BlockAccumulator) -> None:
@@ -227,15 +230,12 @@ class BlockAccumulator:
         self.tokens += other.tokens
         self.held_out += other.held_out
         for site, moment in other._moments.items():
-            self._moment(site, moment.features).merge(moment)
+            self._moment(site, moment.features, moment.device).merge(moment)
         for site, importance in other._importance.items():
-            self._channels(site, importance.features).merge(importance)
+            self._channels(site, importance.features, importance.device).merge(importance)
 
     def finish(self, scratch: Path | None = None) -> BlockStatistics:
-        """All statistics; every needed site must have been seen. Ends the accumulator.
-
-        scratch: folder for second moments that are too many to stay in memory; None keeps all in memory.
-        """
+        """All statistics, of sites that must all have been seen; ends the accumulator. scratch: for large moments."""
         by_site = {site: importance.finish() for site, importance in self._importance.items()}
         importance = {name: by_site[site] for site, names in self._needs.importance.items() for name in names}
         return BlockStatistics(self._finished_moments(scratch), importance, self.tokens, self.held_out)
@@ -246,7 +246,7 @@ class BlockAccumulator:
         # the small ones first: what they held is free when the largest is finished
         for site in sorted(self._moments, key=lambda name: self._moments[name].features):
             moment = self._moments.pop(site)
-            if scratch is None or size <= IN_MEMORY:
+            if scratch is None or size <= IN_MEMORY or moment.device.type == "cuda":
                 finished[site] = moment.finish()
             else:
                 finished[site] = Spilled.of(moment.finished_rows(), moment.features, scratch)
@@ -288,8 +288,8 @@ def collect(
     """The statistics that the `wanted` weights of block `index` need, in one pass over `batches`.
 
     weights: of the block by their name inside it, float32 (models.load_block); ffn.value is not used. weighting and
-    percentile: of element-wise weights. token_weights: see BlockAccumulator. scratch: see
-    its finish. Raises ActivationError if every window is held out, and what reading `batches` raises.
+    percentile: of element-wise weights. token_weights: see BlockAccumulator. scratch: see its finish. Raises
+    ActivationError if every window is held out, and what reading `batches` raises.
     """
     token_weights = token_weights or {}
     accumulator = BlockAccumulator(needs_of(wanted, token_weights), weighting, percentile, token_weights)

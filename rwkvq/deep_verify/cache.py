@@ -10,6 +10,7 @@ from rwkvq.calibration.activations import block_path, cache_windows, write_activ
 from rwkvq.calibration.gradients import gradients_path, write_gradients
 from rwkvq.calibration.windows import Windows
 from rwkvq.checkpoint.reader import Checkpoint
+from rwkvq.device import working_on
 from rwkvq.errors import ArtifactError
 from rwkvq.files import Progress
 from rwkvq.plan.plan import PlannedTensor
@@ -76,8 +77,10 @@ class Cache:
                 raise _LastBlockReached
 
         settings = self.settings.activations
-        with single_threaded_torch(), suppress(_LastBlockReached):
-            write_activations(self.source, self.windows, folder, settings, workers=cores(), on_block=reached)
+        with single_threaded_torch(), working_on(self.settings.run.device) as device, suppress(_LastBlockReached):
+            write_activations(
+                self.source, self.windows, folder, settings, workers=cores(), device=device, on_block=reached
+            )
 
     def fill_gradients(self, inputs: Path, folder: Path, progress: Progress) -> Path:
         """The folder that holds the gradients of the weight's block; `folder` if they have to be computed.
@@ -90,7 +93,7 @@ class Cache:
         if self.given is not None and gradients_path(self.given.parent / "gradients", self.entry.block).is_file():
             return self.given.parent / "gradients"
         layers = self.source.spec.layers
-        with single_threaded_torch():
+        with single_threaded_torch(), working_on(self.settings.run.device) as device:
             write_gradients(
                 self.source,
                 self.windows,
@@ -99,6 +102,7 @@ class Cache:
                 count=self.settings.gradients.windows,
                 seed=self.settings.seed,
                 workers=cores(),
+                device=device,
                 on_block=lambda done: progress(f"gradients of block {done}", layers - done, layers),
             )
         return folder

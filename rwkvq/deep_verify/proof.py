@@ -26,6 +26,8 @@ from rwkvq.files import Progress, no_progress
 from rwkvq.formats import DenseLayout, dense, pack_codes
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import block
+from rwkvq.quantize.results import tensor_path
+from rwkvq.settings import Device
 from rwkvq.stages.blocks import quantized_file
 from rwkvq.threads import single_threaded_torch
 
@@ -97,7 +99,7 @@ def deep_verify(
         inputs_folder = cache.fill(folder / "activations", progress("activations"))
         gradients = cache.fill_gradients(inputs_folder, folder / "gradients", progress("gradients"))
         changed = any(not item.is_same for item in software)
-        size = work.compare_quantized(entry, inputs_folder, gradients, changed=changed)
+        size = work.compare_quantized(entry, inputs_folder, gradients, records.settings.run.device, changed=changed)
         progress("quantize")(entry.name, 1, 1)
     parts = len(entry.layout.parts())
     return DeepReport(checks, kept, entry.name, entry.method, parts, size, seed, cache.origin)
@@ -145,7 +147,9 @@ class _Work:
             progress(entry.name, done, len(kept))
         return len(kept)
 
-    def compare_quantized(self, entry: PlannedTensor, activations: Path, gradients: Path, *, changed: bool) -> int:
+    def compare_quantized(
+        self, entry: PlannedTensor, activations: Path, gradients: Path, device: Device, *, changed: bool
+    ) -> int:
         """Quantize one weight again and compare its parts and its recorded error; return the bytes compared.
 
         changed: plan, code or libraries are not the recorded ones. Raises ArtifactError, and what block.run raises.
@@ -159,10 +163,11 @@ class _Work:
             out_dir=str(self.folder / "quantized"),
             block=entry.block,
             gradients=str(gradients),
+            device=device,
         )
         with single_threaded_torch():
             block.run(asdict(job), lambda event: None)
-        with quantized_file(block.tensor_path(job.folder, entry)) as file:
+        with quantized_file(tensor_path(job.folder, entry.name)) as file:
             expected = {name: file.get_tensor(name) for name in entry.layout.parts()}
             error = json.loads(file.metadata()["error"])
         difference = _difference(expected, self._stored(entry))

@@ -30,8 +30,9 @@ from rwkvq.models.tokenizer import Tokenizer, load_tokenizer
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.policies import make_plan
 from rwkvq.proxies import table
-from rwkvq.quantize.block import TensorError, quantize_tensor
+from rwkvq.quantize.block import quantize_tensor
 from rwkvq.quantize.inputs import NOTHING
+from rwkvq.quantize.results import TensorError
 from rwkvq.run import Run
 
 QUANTIZED = "quantized"

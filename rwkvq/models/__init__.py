@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.spec import ModelSpec, Version
+from rwkvq.device import CPU
 from rwkvq.models import rwkv6, rwkv7
 from rwkvq.models.layers import BlockState, Observe, Weights, layer_norm, no_observe
 
@@ -50,15 +51,22 @@ def fitting_batch(spec: ModelSpec, length: int, batch: int) -> int:
     return max(1, min(batch, BATCH_BYTES // _batch_bytes(spec, length)))
 
 
-def batches_at_once(spec: ModelSpec, tokens: int, workers: int) -> int:
-    """How many of `workers` may run a batch of `tokens` tokens each at once; this changes no result."""
+def batches_at_once(spec: ModelSpec, tokens: int, workers: int, device: torch.device = CPU) -> int:
+    """How many of `workers` may run a batch of `tokens` tokens each at once; this changes no result. One on a GPU."""
+    if device.type == "cuda":
+        return 1
     return max(1, min(workers, BATCHES_BYTES // _batch_bytes(spec, tokens)))
 
 
 def load_block(
-    source: WeightSource, index: int, dtype: torch.dtype = torch.float32, *, without: Collection[str] = ()
+    source: WeightSource,
+    index: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Every weight of one block by its name inside the block, e.g. att.receptance.weight, in `dtype`.
+    """Every weight of one block by its name inside the block, e.g. att.receptance.weight, in `dtype` on `device`.
 
     Orientation as in the checkpoint; vectors stored as [1, 1, D] come as [D]. Block 0 also holds ln0.weight and
     ln0.bias. without: names that are left out. Raises CheckpointError naming a tensor with NaN or infinite values.
@@ -69,7 +77,7 @@ def load_block(
         if name.startswith(prefix) and name.removeprefix(prefix) not in without:
             tensor = source.tensor(name)
             is_vector = tensor.dim() == 3 and tensor.shape[:2] == (1, 1)
-            weights[name.removeprefix(prefix)] = (tensor.reshape(-1) if is_vector else tensor).to(dtype)
+            weights[name.removeprefix(prefix)] = (tensor.reshape(-1) if is_vector else tensor).to(device, dtype)
     return weights
 
 

@@ -6,23 +6,21 @@ already carries the key of the same work is kept, so a job that was killed goes 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from rwkvq.calibration import activations
 from rwkvq.calibration.gradients import gradients_path
-from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
-from rwkvq.checkpoint.writer import write_safetensors
+from rwkvq.device import CPU, working_on
 from rwkvq.errors import ActivationError, QuantizationError
 from rwkvq.files import canonical_json, code_version, sha256_of_bytes, sha256_of_file
 from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, TableLayout, TrellisLayout, VectorLayout
@@ -30,6 +28,8 @@ from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import elementwise, gptq, gptvq, kmeans, rtn, tables, trellis
 from rwkvq.quantize.hessian import FLOAT64_COLUMNS, row_chunks
 from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, collect_inputs
+from rwkvq.quantize.results import TensorError, read_done, tensor_path, write_result
+from rwkvq.settings import Device
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -49,6 +49,10 @@ CODE = (
 
 NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table"}
 NEEDS_GRADIENTS = {"trellis", "table"}
+ON_GPU = {"trellis"}
+"""Methods that run where the statistics are; the others take them to the processor."""
+STREAMS = 6
+"""Weights of a block that a GPU works on at once: the columns of one leave most of it idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class BlockJob:
     block: int | None
     gradients: str = ""
     """Folder of stage `gradients`, for plans with a method in NEEDS_GRADIENTS."""
+    device: Device = "cpu"
+    """Where statistics are taken, and codes of a method in ON_GPU are searched."""
 
     @property
     def folder(self) -> Path:
@@ -69,30 +75,13 @@ class BlockJob:
         return Path(self.out_dir) / ("outer" if self.block is None else f"block-{self.block:03d}")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorError:
-    """What quantization did to one weight.
-
-    weight_error: ||W - Q||^2 / ||W||^2. output_error: tr(dW H dW^T) / tr(W H W^T), with H the second moment of the
-    weight's own input on the calibration windows (element-wise: sum s dw^2 / sum s w^2); None without statistics.
-    """
-
-    weight_error: float
-    output_error: float | None
-
-
 def planned_for(plan: Plan, block: int | None) -> list[PlannedTensor]:
     """The tensors of `block` that are quantized, in plan order; kept tensors need no job."""
     return [entry for entry in plan.tensors if entry.block == block and entry.method != "keep"]
 
 
-def tensor_path(folder: Path, entry: PlannedTensor) -> Path:
-    """File of one quantized tensor."""
-    return folder / f"{entry.name}.safetensors"
-
-
-def work_key(entry: PlannedTensor, model: str, windows: str, gradients: str = "") -> str:
-    """Hash of all that decides the bytes of this tensor; windows and gradients count only where they are used."""
+def work_key(entry: PlannedTensor, model: str, windows: str, gradients: str = "", device: Device = "cpu") -> str:
+    """Hash of all that decides the bytes of this tensor; windows, gradients and device count where they are used."""
     parts = {
         "tensor": entry.name,
         "layout": entry.layout.to_json(),
@@ -101,6 +90,7 @@ def work_key(entry: PlannedTensor, model: str, windows: str, gradients: str = ""
         "model": model,
         "windows": windows if entry.method in NEEDS_STATISTICS else None,
         "gradients": gradients if entry.method in NEEDS_GRADIENTS else None,
+        "device": device if entry.method in NEEDS_STATISTICS else None,
         "code": code_version(CODE),
     }
     return sha256_of_bytes(canonical_json(parts).encode())
@@ -111,7 +101,7 @@ def work_keys(work: BlockJob, plan: Plan) -> dict[str, str]:
     entries = planned_for(plan, work.block)
     windows = activations.cache_windows(Path(work.activations)) if needs(entries, NEEDS_STATISTICS) else ""
     gradients = _gradients_hash(work) if needs(entries, NEEDS_GRADIENTS) else ""
-    return {entry.name: work_key(entry, plan.model_sha256, windows, gradients) for entry in entries}
+    return {entry.name: work_key(entry, plan.model_sha256, windows, gradients, work.device) for entry in entries}
 
 
 def _gradients_hash(work: BlockJob) -> str:
@@ -127,28 +117,6 @@ def needs(entries: list[PlannedTensor], methods: Collection[str]) -> bool:
     return any(entry.method in methods for entry in entries)
 
 
-def read_done(path: Path, key: str) -> TensorError | None:
-    """The error row of a finished tensor, or None if `path` is not the result of the work `key`."""
-    if not path.is_file():
-        return None
-    try:
-        with open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                return None
-            digest = _digest({name: file.get_tensor(name) for name in sorted(file.keys())})
-        return TensorError(**json.loads(metadata["error"])) if metadata.get("digest") == digest else None
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _digest(parts: Mapping[str, Tensor]) -> str:
-    data = b"".join(
-        name.encode() + parts[name].contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(parts)
-    )
-    return sha256_of_bytes(data)
-
-
 def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
     """Quantize one block; return the names of the tensors that were computed (not kept from an earlier run).
 
@@ -160,20 +128,42 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
     plan = Plan.read(Path(work.plan))
     entries = planned_for(plan, work.block)
     keys = work_keys(work, plan)
-    done = {entry.name for entry in entries if read_done(tensor_path(work.folder, entry), keys[entry.name])}
+    done = {entry.name for entry in entries if read_done(tensor_path(work.folder, entry.name), keys[entry.name])}
     for count, name in enumerate(sorted(done), 1):
         on_event({"tensor": name, "done": count, "total": len(entries), "kept": True})
     todo = [entry for entry in entries if entry.name not in done]
     if not todo:
         return []
-    inputs = _statistics(work, source, todo)
     catalogue = _weights(source)
-    for count, entry in enumerate(todo, len(done) + 1):
-        weight = extract(source.tensor(entry.tensor), catalogue[entry.name]).float()
-        parts, error = quantize_tensor(weight, entry, inputs)
-        _write(tensor_path(work.folder, entry), parts, keys[entry.name], error)
-        on_event({"tensor": entry.name, "done": count, "total": len(entries), "kept": False})
+    with working_on(work.device) as device:
+        inputs = _statistics(work, source, todo, device)
+
+        def make(entry: PlannedTensor) -> str:
+            weight = extract(source.tensor(entry.tensor), catalogue[entry.name]).float()
+            parts, error = quantize_tensor(weight, entry, inputs)
+            write_result(tensor_path(work.folder, entry.name), parts, keys[entry.name], error)
+            return entry.name
+
+        for count, name in enumerate(_each(make, todo, device), len(done) + 1):
+            on_event({"tensor": name, "done": count, "total": len(entries), "kept": False})
     return [entry.name for entry in todo]
+
+
+def _each(make: Callable[[PlannedTensor], str], todo: list[PlannedTensor], device: torch.device) -> Iterator[str]:
+    """make(entry) for each: one after the other on the processor, several at once on a GPU, the largest first."""
+    if device.type == "cpu":
+        yield from map(make, todo)
+        return
+    torch.cuda.synchronize()  # streams do not wait for the one that the statistics were computed on
+
+    def on_stream(entry: PlannedTensor) -> str:
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            return make(entry)
+
+    by_columns = sorted(todo, key=lambda entry: -entry.shape[-1])  # a column takes one time, however long it is
+    with ThreadPoolExecutor(STREAMS) as pool:
+        for future in as_completed([pool.submit(on_stream, entry) for entry in by_columns]):
+            yield future.result()
 
 
 def _weights(source: WeightSource) -> dict[str, Weight]:
@@ -181,7 +171,7 @@ def _weights(source: WeightSource) -> dict[str, Weight]:
     return {weight.name: weight for weight in weights_of(source.spec, shapes)}
 
 
-def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor]) -> Inputs:
+def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor], device: torch.device) -> Inputs:
     wanted = [entry for entry in todo if entry.method in NEEDS_STATISTICS]
     if not wanted or work.block is None:
         return NOTHING
@@ -189,9 +179,8 @@ def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor])
     elementwise = _common(work, wanted, {"elementwise"}, ("weight", "percentile"), ("none", 100.0))
     guided = [entry.name for entry in wanted if entry.method in NEEDS_GRADIENTS]
     (guide,) = _common(work, wanted, NEEDS_GRADIENTS, ("guide",), (0.0,))
-    calibration = Calibration(
-        Path(work.activations), Path(work.gradients), work.folder, guide, elementwise[0], elementwise[1]
-    )
+    places = Path(work.activations), Path(work.gradients), work.folder
+    calibration = Calibration(*places, guide, elementwise[0], elementwise[1], device=device)
     return collect_inputs(source, work.block, [catalogue[entry.name] for entry in wanted], guided, calibration)
 
 
@@ -214,19 +203,22 @@ def _common(
 def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tuple[dict[str, Tensor], TensorError]:
     """Quantize one float32 weight by the plan's method.
 
-    weight [out, in] or [size]. Returns the packed parts (format's layout) and the error. Raises QuantizationError.
+    weight [out, in] or [size], on the processor, where the parts are too. Returns the packed parts (format's layout)
+    and the error. Raises QuantizationError.
     """
-    second_moment = inputs.second_moments.get(entry.name)
-    importance = inputs.importance.get(entry.name)
-    codes = _encode(weight, entry, second_moment, importance, inputs.fisher.get(entry.name))
+    known = inputs.second_moments.get(entry.name), inputs.importance.get(entry.name), inputs.fisher.get(entry.name)
+    device = next((item.device for item in known if item is not None and entry.method in ON_GPU), CPU)
+    second_moment, importance, fisher = (None if item is None else item.to(device) for item in known)
+    weight = weight.to(device)
+    codes = _encode(weight, entry, second_moment, importance, fisher)
     form = FORMATS[entry.layout.format]
     error = _error(form.decode(codes).reshape(weight.shape), weight, second_moment, importance)
-    del second_moment  # packing a wide weight needs the room
+    del known, second_moment  # packing a wide weight needs the room
     if not math.isfinite(error.weight_error):
         raise QuantizationError(
             f"{entry.name}: {entry.method} gave values that are not finite; keep this tensor in the plan"
         )
-    return form.pack(codes), error
+    return {name: part.cpu() for name, part in form.pack(codes).items()}, error
 
 
 def _encode(
@@ -280,9 +272,3 @@ def _error(decoded: Tensor, weight: Tensor, second_moment: Tensor | None, import
     relative = squares[0] / max(squares[1], 1e-30)
     has_losses = moment is not None or importance is not None
     return TensorError(relative, losses[0] / max(losses[1], 1e-30) if has_losses else None)
-
-
-def _write(path: Path, parts: Mapping[str, Tensor], key: str, error: TensorError) -> None:
-    metadata = {"key": key, "digest": _digest(parts), "error": json.dumps(asdict(error), sort_keys=True)}
-    entries = [(name, part.dtype, tuple(part.shape)) for name, part in sorted(parts.items())]
-    write_safetensors(path, entries, sorted(parts.items()), metadata)

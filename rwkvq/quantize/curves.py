@@ -18,6 +18,7 @@ from torch import Tensor
 from rwkvq.calibration import activations
 from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import open_checkpoint
+from rwkvq.device import working_on
 from rwkvq.errors import QuantizationError
 from rwkvq.formats import Layout, TableLayout, TrellisLayout
 from rwkvq.formats.table import GROUP
@@ -30,6 +31,7 @@ from rwkvq.quantize.inputs import Calibration, collect_inputs
 from rwkvq.quantize.rates import chosen_offset_bits, rate_offsets
 from rwkvq.quantize.tables import fit_tables, round_to_tables
 from rwkvq.quantize.trellis import AMPLITUDE, column_costs, encode, find_row_scales, search_weights
+from rwkvq.settings import Device
 
 STATE_BITS = 12
 """Of the codes that are measured, at most: from one to the next the losses of all candidates shrink alike."""
@@ -45,7 +47,7 @@ class CurveJob:
     """One block to measure, as file names and numbers.
 
     sample: weights that are rounded for each candidate; state_bits: of trellis codes; guide, damping: as in
-    TrellisOptions.
+    TrellisOptions. device: where statistics are taken and trellis codes searched.
     """
 
     checkpoint: str
@@ -57,6 +59,7 @@ class CurveJob:
     state_bits: int
     guide: float
     damping: float
+    device: Device = "cpu"
 
 
 def run(job: Mapping[str, Any], on_event: OnEvent) -> list[dict[str, Any]]:
@@ -76,20 +79,22 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[dict[str, Any]]:
     candidates = {weight.name: candidates_of(weight, work.state_bits) for weight in weights}
     used, length = activations.used_windows(Path(work.activations), work.block)
     widest = max(weight.shape[1] for weight in weights)
-    calibration = Calibration(
-        Path(work.activations),
-        Path(work.gradients),
-        Path(work.scratch),
-        work.guide,
-        every=max(1, min(EVERY, len(used) * length // (TOKENS_PER_INPUT * widest))),
-    )
-    inputs = collect_inputs(source, work.block, weights, set(candidates), calibration)
     points = []
-    for done, weight in enumerate(weights, 1):
-        tensor = extract(source.tensor(weight.tensor), weight).float()
-        moment, fisher = inputs.second_moments[weight.name], inputs.fisher[weight.name]
-        points += curve_of(weight, tensor, moment, fisher, candidates[weight.name], work)
-        on_event({"tensor": weight.name, "done": done, "total": len(weights)})
+    with working_on(work.device) as device:
+        calibration = Calibration(
+            Path(work.activations),
+            Path(work.gradients),
+            Path(work.scratch),
+            work.guide,
+            every=max(1, min(EVERY, len(used) * length // (TOKENS_PER_INPUT * widest))),
+            device=device,
+        )
+        inputs = collect_inputs(source, work.block, weights, set(candidates), calibration)
+        for done, weight in enumerate(weights, 1):
+            tensor = extract(source.tensor(weight.tensor), weight).to(device, torch.float32)
+            moment, fisher = inputs.second_moments[weight.name], inputs.fisher[weight.name]
+            points += curve_of(weight, tensor, moment, fisher, candidates[weight.name], work)
+            on_event({"tensor": weight.name, "done": done, "total": len(weights)})
     return [asdict(point) for point in points]
 
 
@@ -115,24 +120,26 @@ def curve_of(
     points = []
     for candidate in candidates:
         layout = candidate.layout
-        columns = sampled_columns(layout, weight.shape, job.sample)
-        sample, metric = tensor[:, columns], fisher.double()[:, None] * importance[columns].double()
         if isinstance(layout, TrellisLayout):
             widths = widths or chosen_offset_bits(rows, costs, layout.length)
             if (layout.row_offset_bits, layout.column_offset_bits) != widths:
                 continue
+        columns = sampled_columns(layout, weight.shape, job.sample).to(tensor.device)
+        sample, metric = tensor[:, columns], fisher.double()[:, None] * importance[columns].double()
+        no_feedback = torch.zeros(len(columns), len(columns), device=tensor.device)
+        if isinstance(layout, TrellisLayout):
             row_offsets, column_offsets = rate_offsets(layout, rows, costs)
             rates = layout.quarter_bits + column_offsets[columns].long()
             targets = (sample / scales[:, None]).t().contiguous()
-            no_feedback = torch.zeros(len(columns), len(columns))
             measured = replace(layout, state_bits=min(layout.state_bits, STATE_BITS))
             error = encode(targets, rows, no_feedback, rates, row_offsets, measured)[1].t() * scales[:, None]
         else:
             assert isinstance(layout, TableLayout)
             targets, shares = sample / plain[:, None], importance[columns] / importance[columns].mean()
-            table = fit_tables(targets, rows, shares, layout.bits)
-            no_feedback = torch.zeros(len(columns), len(columns))
-            error = round_to_tables(targets, shares, no_feedback, table)[2] * plain[:, None]
+            # tables are fitted on the processor
+            on_processor = targets.cpu(), shares.cpu(), no_feedback.cpu()
+            table = fit_tables(on_processor[0], rows.cpu(), on_processor[1], layout.bits)
+            error = round_to_tables(*on_processor, table)[2].to(tensor.device) * plain[:, None]
         energy = float((metric * sample.double().square()).sum())
         ratio = float((metric * error.double().square()).sum()) / energy if energy > 0 else 0.0
         points.append(CurvePoint(weight.name, candidate.label, layout.stored_bits(), ratio * whole))

@@ -15,6 +15,7 @@ from rwkvq.calibration.gradients import Sensitivity, read_gradients
 from rwkvq.calibration.statistics import Weighting
 from rwkvq.checkpoint.names import Weight
 from rwkvq.checkpoint.reader import WeightSource
+from rwkvq.device import CPU
 from rwkvq.errors import ActivationError
 from rwkvq.models import load_block
 
@@ -41,7 +42,7 @@ class Calibration:
 
     cache, gradients: folders of the stages; guide: share of the loss-weighted second moment in that of a guided weight;
     weighting, percentile: of element-wise weights; scratch: folder for second moments that do not stay in memory;
-    every: of so many batches of windows one is used.
+    every: of so many batches of windows one is used; device: where they are computed, and stay.
     """
 
     cache: Path
@@ -51,6 +52,7 @@ class Calibration:
     weighting: Weighting = "none"
     percentile: float = 100.0
     every: int = 1
+    device: torch.device = CPU
 
 
 def collect_inputs(
@@ -69,16 +71,17 @@ def collect_inputs(
         weights_of_tokens = {
             name: token_weights(item, (len(used), length), calibration)[taken] for name, item in sensitivities.items()
         }
+    device = calibration.device
     batches = activations.read_block(calibration.cache, block, model_sha256=source.identity())
     collected = statistics.collect(
         source.spec,
         block,
-        load_block(source, block, without=("ffn.value.weight",)),
-        islice(batches, 0, None, calibration.every),
+        load_block(source, block, device=device, without=("ffn.value.weight",)),
+        (batch.to(device) for batch in islice(batches, 0, None, calibration.every)),
         wanted,
         weighting=calibration.weighting,
         percentile=calibration.percentile,
-        token_weights=weights_of_tokens,
+        token_weights={name: counts.to(device) for name, counts in weights_of_tokens.items()},
         scratch=calibration.scratch,
     )
     keys = {
@@ -86,7 +89,7 @@ def collect_inputs(
         for weight in wanted
         if weight.weight_class != "elementwise"
     }
-    fisher = {name: item.fisher for name, item in sensitivities.items()}
+    fisher = {name: item.fisher.to(device) for name, item in sensitivities.items()}
     return Inputs(collected.second_moments.renamed(keys), collected.importance, fisher)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rwkvq.errors import QuantizationError, ShapeError
+from rwkvq.errors import ShapeError
 from rwkvq.formats.parts import half_scale
 from rwkvq.formats.trellis import SCALE_BITS, SCALE_STEPS, TrellisCodes, TrellisLayout, scales_of
 from rwkvq.quantize.gptq import unit_rows
@@ -108,9 +108,12 @@ def sweep(
     layout: TrellisLayout,
     codes: Tensor,
 ) -> None:
-    """trellis_columns.sweep_columns on tensors. Raises QuantizationError for those on CUDA."""
+    """trellis_columns.sweep_columns where the tensors are: on the processor or on CUDA."""
     if quantized.is_cuda:
-        raise QuantizationError("sweeps of the trellis quantizer run on the processor; set quantize.sweeps to 0")
+        from rwkvq.quantize.viterbi_cuda import sweep_columns_cuda
+
+        sweep_columns_cuda(quantized, pull, hessian, weights, rates, row_offsets, layout, codes)
+        return
     numbers = rates.long().numpy(), row_offsets.long().numpy()
     arrays = quantized.numpy(), pull.numpy(), hessian.numpy(), weights.numpy()
     sweep_columns(*arrays, *numbers, layout, codes.numpy())

@@ -19,6 +19,8 @@ from rwkvq.quantize.viterbi import WRAP
 
 WARPS, WARPS_OF_MANY_STATES, MANY_STATES = 4, 8, 1 << 14
 """Microseconds a column, H100, with 4 / 8 / 16 warps: 250 / 436 / 1315 at 2**12 states, 540 / 390 / 640 at 2**14."""
+BLOCK = 128
+"""Columns that a program is compiled for, at least; a sweep changes as many between two updates of its pull."""
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def _walk(
     first,
     begin,
     steps,
-    STRIDE: tl.constexpr,
+    stride,
     LENGTH: tl.constexpr,
     STATE_BITS: tl.constexpr,
 ):
@@ -58,7 +60,7 @@ def _walk(
     for step in range(begin, steps):
         t = (first + step) % LENGTH
         target, weight, width = tl.load(here + t), tl.load(own + t), tl.load(widths + t)
-        place = back + step * STRIDE
+        place = back + step * stride
         if width == 1:
             costs = _step(costs, values, target, weight, place, 1, STATE_BITS)
         elif width == 2:
@@ -83,7 +85,7 @@ def _trace(
     first,
     steps,
     stop,
-    STRIDE: tl.constexpr,
+    stride,
     LENGTH: tl.constexpr,
     STATE_BITS: tl.constexpr,
 ):
@@ -93,7 +95,7 @@ def _trace(
         tl.store(states + step, state)
         width = tl.load(widths + (first + step) % LENGTH)
         kept = state >> width
-        choice = tl.load(back + step * STRIDE + kept).to(tl.int32)
+        choice = tl.load(back + step * stride + kept).to(tl.int32)
         state = (choice << (STATE_BITS - width)) | kept
         step -= 1
     tl.store(states + step, state)
@@ -108,22 +110,26 @@ def _encode(
     kinds,
     widths_of_kinds,
     values_pointer,
+    current,
     errors,
+    taken,
     states_out,
     back,
     trail,
     columns,
     rows,
+    stride,
     LENGTH: tl.constexpr,
     TURN: tl.constexpr,
     STATE_BITS: tl.constexpr,
-    STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    SWEEP: tl.constexpr,
 ):
+    """One sequence. SWEEP: `current` holds its values, `errors` takes their changes, `taken` which are better."""
     COUNT: tl.constexpr = 1 << STATE_BITS
     sequence = tl.program_id(0)
     first_row = sequence * LENGTH
-    back += sequence.to(tl.int64) * LENGTH * STRIDE
+    back += sequence.to(tl.int64) * LENGTH * stride
     trail += sequence * LENGTH
     values = tl.load(values_pointer + tl.arange(0, COUNT))
     numbers = tl.arange(0, COUNT)
@@ -144,10 +150,10 @@ def _encode(
         tl.debug_barrier()
         # where to close the circle
         costs = tl.zeros([COUNT], tl.float32)
-        costs = _walk(costs, values, here, own, widths, back, LENGTH - TURN, 0, 2 * TURN, STRIDE, LENGTH, STATE_BITS)
+        costs = _walk(costs, values, here, own, widths, back, LENGTH - TURN, 0, 2 * TURN, stride, LENGTH, STATE_BITS)
         state = tl.argmin(costs, axis=0)
         tl.debug_barrier()
-        state = _trace(back, trail, widths, state, LENGTH - TURN, 2 * TURN, TURN - 1, STRIDE, LENGTH, STATE_BITS)
+        state = _trace(back, trail, widths, state, LENGTH - TURN, 2 * TURN, TURN - 1, stride, LENGTH, STATE_BITS)
         shared = STATE_BITS - tl.load(widths)  # bits of the last state that the first one sees
         mask = (1 << shared) - 1
         seam = state & mask
@@ -155,14 +161,22 @@ def _encode(
         # the path: before the first weight only states that end in the seam are near; their other bits drop out
         opening = (numbers & mask) == seam
         costs = tl.where(opening, 0.0, 1e30)
-        costs = _walk(costs, values, here, own, widths, back, 0, 0, LENGTH, STRIDE, LENGTH, STATE_BITS)
+        costs = _walk(costs, values, here, own, widths, back, 0, 0, LENGTH, stride, LENGTH, STATE_BITS)
         state = tl.argmin(tl.where(opening, costs, float("inf")), axis=0)
         tl.debug_barrier()
-        _trace(back, trail, widths, state, 0, LENGTH, 0, STRIDE, LENGTH, STATE_BITS)
+        _trace(back, trail, widths, state, 0, LENGTH, 0, stride, LENGTH, STATE_BITS)
         tl.debug_barrier()
         path = tl.load(trail + lane)
-        tl.store(states_out + column.to(tl.int64) * rows + first_row + lane, path.to(tl.int16))
-        tl.store(errors + column.to(tl.int64) * rows + first_row + lane, moved - tl.load(values_pointer + path))
+        place = column.to(tl.int64) * rows + first_row + lane
+        tl.store(states_out + place, path.to(tl.int16))
+        error = moved - tl.load(values_pointer + path)
+        if SWEEP:
+            step = moved - tl.load(current + place)
+            counts = tl.load(own + lane)
+            better = tl.sum(counts * error * error, axis=0) < tl.sum(counts * step * step, axis=0)
+            tl.store(taken + sequence * columns + column, better.to(tl.uint8))
+            error = tl.where(better, step - error, 0.0)
+        tl.store(errors + place, error)
         tl.debug_barrier()
 
 
@@ -170,6 +184,46 @@ def encode_columns_cuda(
     targets: Tensor, weights: Tensor, feedback: Tensor, rates: Tensor, row_offsets: Tensor, layout: TrellisLayout
 ) -> tuple[Tensor, Tensor]:
     """As trellis_columns.encode_columns, with CUDA tensors: streams [sequences, bytes] and errors [columns, rows]."""
+    streams, errors, _ = _run(targets, None, weights, feedback, rates, row_offsets, layout)
+    return streams, errors
+
+
+def sweep_columns_cuda(
+    quantized: Tensor,
+    pull: Tensor,
+    hessian: Tensor,
+    weights: Tensor,
+    rates: Tensor,
+    row_offsets: Tensor,
+    layout: TrellisLayout,
+    streams: Tensor,
+) -> None:
+    """As trellis_columns.sweep_columns, with CUDA tensors."""
+    sizes = column_bytes(rates.long(), layout.length)
+    ends = [0, *sizes.cumsum(0).tolist()]
+    diagonal = hessian.diagonal()
+    for start in range(0, layout.columns, BLOCK):
+        here = slice(start, min(start + BLOCK, layout.columns))
+        targets = quantized[here] + pull[here] / diagonal[here, None]  # where each column's error would cost least
+        feedback = hessian[here, here] / diagonal[here]  # a change of one column moves the least of the later ones
+        found, changes, taken = _run(targets, quantized[here], weights, feedback, rates[here], row_offsets, layout)
+        quantized[here] += changes
+        pull.addmm_(hessian[:, here], changes, alpha=-1)
+        own = streams[:, ends[here.start] : ends[here.stop]]
+        own.copy_(torch.where(taken.bool().repeat_interleave(sizes[here], 1), found, own))
+
+
+def _run(
+    targets: Tensor,
+    current: Tensor | None,
+    weights: Tensor,
+    feedback: Tensor,
+    rates: Tensor,
+    row_offsets: Tensor,
+    layout: TrellisLayout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Streams, errors and an empty tensor; for a sweep (current [columns, rows], else None) streams, changes and which
+    of them are taken, uint8 [sequences, columns]."""
     columns, rows = targets.shape
     device = targets.device
     distinct, kinds = rates.long().unique(return_inverse=True)
@@ -179,7 +233,8 @@ def encode_columns_cuda(
     stride = 1 << (layout.state_bits - int(widths.min()))
     errors = torch.empty_like(targets)
     states = torch.empty(columns, rows, dtype=torch.int16, device=device)
-    block: Any = triton.next_power_of_2(columns)
+    taken = torch.empty(0 if current is None else layout.sequences, columns, dtype=torch.uint8, device=device)
+    block: Any = max(BLOCK, triton.next_power_of_2(columns))
     _encode[(layout.sequences,)](
         targets,
         weights,
@@ -187,20 +242,24 @@ def encode_columns_cuda(
         kinds.int(),
         widths,
         torch.from_numpy(reversed_codebook(layout.state_bits)).to(device),
+        targets if current is None else current,
         errors,
+        taken,
         states,
         torch.empty(layout.sequences * layout.length * stride, dtype=torch.uint8, device=device),
         torch.empty(rows, dtype=torch.int32, device=device),
         columns,
         rows,
+        stride,
         layout.length,
         min(WRAP, layout.length // 2),
         layout.state_bits,
-        stride,
         block,
+        current is not None,
         num_warps=WARPS if 1 << layout.state_bits < MANY_STATES else WARPS_OF_MANY_STATES,
     )
-    return _streams(states, widths[kinds], ends.reshape(len(distinct), rows)[kinds], rates.long(), layout), errors
+    own_ends = ends.reshape(len(distinct), rows)[kinds]
+    return _streams(states, widths[kinds], own_ends, rates.long(), layout), errors, taken
 
 
 def _streams(states: Tensor, widths: Tensor, ends: Tensor, rates: Tensor, layout: TrellisLayout) -> Tensor:

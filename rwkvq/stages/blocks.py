@@ -20,6 +20,7 @@ from rwkvq.files import Progress, remove_leftovers
 from rwkvq.plan.candidates import CurvePoint, write_curves
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import block, curves
+from rwkvq.quantize.results import tensor_path
 from rwkvq.quantize.trellis import TrellisOptions
 from rwkvq.run import Run
 from rwkvq.settings import RunSettings
@@ -51,7 +52,7 @@ def _jobs_of(run: Run, plan: Plan) -> list[block.BlockJob]:
     present = {entry.block for entry in plan.tensors if entry.method != "keep"}
     ordered = sorted(present, key=lambda index: (index is None, index or 0))
     places = str(run.model_path), str(run.plan), str(run.activations), str(run.quantized)
-    return [block.BlockJob(*places, index, str(run.gradients)) for index in ordered]
+    return [block.BlockJob(*places, index, str(run.gradients), run.settings.run.device) for index in ordered]
 
 
 def measure_curves(run: Run, progress: Progress) -> None:
@@ -60,7 +61,7 @@ def measure_curves(run: Run, progress: Progress) -> None:
     spec = run.checkpoint.spec
     places = str(run.model_path), str(run.activations), str(run.gradients), str(run.curves.parent)
     numbers = settings.sample, settings.state_bits, settings.guide, TrellisOptions().damping
-    jobs = [curves.CurveJob(*places, block_, *numbers) for block_ in range(spec.layers)]
+    jobs = [curves.CurveJob(*places, block_, *numbers, limits.device) for block_ in range(spec.layers)]
 
     def work(pool: WorkerPool, job: curves.CurveJob) -> list[dict[str, Any]]:
         run_job = partial(
@@ -172,14 +173,14 @@ def quantized_files(run: Run) -> list[tuple[Path, PlannedTensor]]:
     """File and plan row of every quantized tensor."""
     plan = read_plan(run)
     return [
-        (block.tensor_path(job.folder, entry), entry)
+        (tensor_path(job.folder, entry.name), entry)
         for job in _jobs_of(run, plan)
         for entry in block.planned_for(plan, job.block)
     ]
 
 
 def tensor_errors(run: Run) -> dict[str, dict[str, float | None]]:
-    """What quantization did to each weight, by name (block.TensorError as plain values)."""
+    """What quantization did to each weight, by name (results.TensorError as plain values)."""
     errors = {}
     for path, entry in quantized_files(run):
         with quantized_file(path) as file:

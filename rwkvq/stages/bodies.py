@@ -9,6 +9,7 @@ from torch import Tensor
 from rwkvq.artifact.writer import software_versions, write_artifact
 from rwkvq.calibration import gradients, windows
 from rwkvq.checkpoint.names import weights_of
+from rwkvq.device import working_on
 from rwkvq.evaluation.line import evaluate_run
 from rwkvq.files import Progress, sha256_of_file
 from rwkvq.plan.candidates import read_curves
@@ -56,7 +57,7 @@ def run_proxies(run: Run, progress: Progress) -> None:
 
     rows = []
     with single_threaded_torch():  # each block that is measured at the same time needs a worker's memory
-        for done, measured in enumerate(map_in_order(measure, blocks, run.workers), 1):
+        for done, measured in enumerate(map_in_order(measure, blocks, run.processor_workers), 1):
             rows += measured
             progress(f"proxies of block {blocks[done - 1]}", done, len(blocks))
     table.write(run.proxies, rows, {"model_sha256": source.identity()})
@@ -65,7 +66,7 @@ def run_proxies(run: Run, progress: Progress) -> None:
 def run_gradients(run: Run, progress: Progress) -> None:
     """Stage `gradients`."""
     settings, layers = run.settings, run.checkpoint.spec.layers
-    with single_threaded_torch():
+    with single_threaded_torch(), working_on(settings.run.device) as device:
         gradients.write_gradients(
             run.checkpoint,
             windows.read_windows(run.windows),
@@ -73,7 +74,8 @@ def run_gradients(run: Run, progress: Progress) -> None:
             run.gradients,
             count=settings.gradients.windows,
             seed=settings.seed,
-            workers=run.workers,
+            workers=run.processor_workers,
+            device=device,
             on_block=lambda block: progress(f"gradients of block {block}", layers - block, layers),
         )
 
@@ -120,7 +122,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_hash(run.tokenizer_path),
         "windows_sha256": sha256_of_file(run.windows) if run.windows.is_file() else None,
         "plan_sha256": sha256_of_file(run.plan),
-        "settings": sections_of(run, *PROVENANCE_SECTIONS),
+        "settings": sections_of(run, *PROVENANCE_SECTIONS) | {"run": {"device": run.settings.run.device}},
         "threads": run.settings.run.threads,
         "software": software_versions(),
     }

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from rwkvq.artifact.manifest import read_manifest
 from rwkvq.calibration import activations, windows
+from rwkvq.device import working_on
 from rwkvq.errors import ActivationError
 from rwkvq.files import Progress, no_progress, sha256_of_file
 from rwkvq.run import Run
@@ -37,13 +38,14 @@ _Result = TypeVar("_Result")
 def build_activations(run: Run, progress: Progress) -> None:
     """Write the activation cache of `run`; files that are there and valid stay. See write_activations."""
     layers = run.checkpoint.spec.layers
-    with single_threaded_torch():
+    with single_threaded_torch(), working_on(run.settings.run.device) as device:
         activations.write_activations(
             run.checkpoint,
             windows.read_windows(run.windows),
             run.activations,
             run.settings.activations,
-            workers=run.workers,
+            workers=run.processor_workers,
+            device=device,
             on_block=lambda index: progress(f"activations of block {index}", index + 1, layers),
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rwkvq.artifact.manifest import reason_to_run, record
+from rwkvq.device import torch_device
 from rwkvq.errors import EvaluationError, RwkvqError
 from rwkvq.files import Progress, code_version, no_progress
 from rwkvq.models.tokenizer import check_fits, load_tokenizer
@@ -56,7 +57,7 @@ def run_stage(run: Run, name: str, progress: Progress = no_progress) -> StageRes
     log.info("%s: %s", name, reason)
     begin = time.monotonic()
     inputs = stage.inputs(run)  # as they are now: what changes under the work has to be noticed next time
-    with torch_threads(run.workers * run.settings.run.threads):
+    with torch_threads(run.processor_workers * run.settings.run.threads):
         stage.body(run, progress)
     finish_stage(run, name, inputs)
     seconds = time.monotonic() - begin
@@ -74,9 +75,10 @@ def finish_stage(run: Run, name: str, inputs: Hashes | None = None) -> None:
 def check_inputs(run: Run, plan_file: Path | None = None) -> None:
     """Fail now rather than an hour later: every input opens, tokenizer and plan fit the model, the store is known.
 
-    Raises CheckpointError, TokenizerError, TextError, EvaluationError, PlanError, StoreError.
+    Raises CheckpointError, TokenizerError, TextError, EvaluationError, PlanError, SettingsError, StoreError.
     """
     check_shared_inputs(run)
+    torch_device(run.settings.run.device)
     for text in (run.settings.evaluate.text, run.settings.evaluate.lambada):
         if text and not Path(text).is_file():
             raise EvaluationError(f"{text}: no such file; give evaluation text as a file")

@@ -45,6 +45,11 @@ def _section(*names: str) -> Callable[[Run], dict[str, Any]]:
     return lambda run: sections_of(run, *names)
 
 
+def _computed(*names: str) -> Callable[[Run], dict[str, Any]]:
+    """The sections of a stage whose results depend on where it computes."""
+    return lambda run: sections_of(run, *names) | {"device": run.settings.run.device}
+
+
 def _evaluation_inputs(run: Run) -> Hashes:
     texts = run.settings.evaluate.text, run.settings.evaluate.lambada
     given = {text: text_hash(text) for text in texts if text}
@@ -69,7 +74,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "activations",
-            _section("activations"),
+            _computed("activations"),
             lambda run: {"checkpoint": run.checkpoint.identity()} | _of(run.windows),
             lambda run: [run.activations],
             (*_MODEL_CODE, *activations.CODE),
@@ -85,7 +90,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "gradients",
-            _section("gradients", "seed"),
+            _computed("gradients", "seed"),
             lambda run: {"checkpoint": run.checkpoint.identity()} | _activation_hash(run) | _of(run.windows),
             lambda run: [run.gradients],
             gradients.CODE,
@@ -93,7 +98,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "curves",
-            _section("curves"),
+            _computed("curves"),
             lambda run: (
                 {"checkpoint": run.checkpoint.identity(), "gradients": _manifest_hash(run, "gradients")}
                 | _activation_hash(run)
@@ -112,7 +117,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "quantize",
-            lambda run: {},
+            _computed(),
             lambda run: _of(run.plan) | _activation_hash(run) | _gradient_hash(run),
             lambda run: [run.quantized],
             block.CODE,

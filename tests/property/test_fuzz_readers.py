@@ -21,7 +21,7 @@ from rwkvq.checkpoint.reader import Checkpoint, open_checkpoint
 from rwkvq.documents import read_yaml
 from rwkvq.plan.plan import Plan
 from rwkvq.proxies import table
-from rwkvq.quantize.block import TensorError, _write, read_done
+from rwkvq.quantize.results import TensorError, read_done, write_result
 from rwkvq.settings import ProxiesSettings, WindowsSettings, load
 from rwkvq.stages.blocks import quantized_file
 from tests.damage import damaged, edits, few, many, works_or_is_refused
@@ -75,7 +75,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add(torch.ones(2, 8, 16))
     rows = _proxies(source)
     table.write(folder / "proxies.parquet", rows, {"model_sha256": "0" * 64})
-    _write(
+    write_result(
         folder / "quantized.safetensors", {"codes": torch.arange(9, dtype=torch.uint8)}, "key", TensorError(0.5, None)
     )
     shutil.copy(PARAMS, folder / "params.yaml")

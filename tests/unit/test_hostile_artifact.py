@@ -17,7 +17,8 @@ from rwkvq.artifact.verify import verify
 from rwkvq.errors import ArtifactError, PlanError, RwkvqError
 from rwkvq.plan.plan import Plan
 from rwkvq.publish import publish
-from rwkvq.quantize.block import planned_for, tensor_path
+from rwkvq.quantize.block import planned_for
+from rwkvq.quantize.results import tensor_path
 from rwkvq.run import Run
 from tests.packed import codes_of, plan_of, tiny_source, write_packed
 from tests.small import settings_of
@@ -163,4 +164,4 @@ def test_every_quantized_tensor_lies_in_its_folder(made: Path, tmp_path: Path) -
     entries = [entry for block in (0, None) for entry in planned_for(plan, block)]
     assert len(entries) > 10
     for entry in entries:
-        assert tensor_path(tmp_path, entry).resolve().parent == tmp_path.resolve()
+        assert tensor_path(tmp_path, entry.name).resolve().parent == tmp_path.resolve()

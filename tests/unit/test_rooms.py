@@ -12,7 +12,7 @@ ORDER = [
     {"errors"},
     {"documents", "redaction"},
     {"files", "settings", "tensors", "threads", "workers"},
-    {"hashes"},
+    {"device", "hashes"},
     {"checkpoint", "formats", "store"},
     {"models", "proxies"},
     {"calibration", "plan", "run"},
