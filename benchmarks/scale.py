@@ -65,7 +65,7 @@ def measure(name: str, arguments: list[str], bound: int) -> Measured:
     together = 0
     with subprocess.Popen([sys.executable, "-m", "benchmarks.scale", *arguments]) as process:
         while process.poll() is None:
-            found = dict(_sizes(process.pid))
+            found = dict(sizes_of(process.pid))
             peaks |= {pid: peak for pid, (peak, _) in found.items()}
             together = max(together, sum(current for _, current in found.values()))
             time.sleep(SAMPLE_SECONDS)
@@ -76,7 +76,7 @@ def measure(name: str, arguments: list[str], bound: int) -> Measured:
     return Measured(name, seconds, parent, tuple(sorted(peaks.values(), reverse=True)), together, bound)
 
 
-def _sizes(pid: int) -> list[tuple[int, tuple[int, int]]]:
+def sizes_of(pid: int) -> list[tuple[int, tuple[int, int]]]:
     """(process id, (peak, current resident bytes)) of a process and its children; those that end are left out."""
     result = []
     try:

@@ -10,7 +10,7 @@ import torch
 
 from rwkvq.formats import TrellisCodes, TrellisLayout
 from rwkvq.formats.trellis import codebook, decode, symbol_ends
-from rwkvq.quantize.trellis_columns import encode_columns
+from rwkvq.quantize.trellis_columns import encode_columns, sweep_columns
 
 
 def codes_of(layout: TrellisLayout, streams: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> TrellisCodes:
@@ -152,3 +152,42 @@ def test_a_gpu_finds_paths_as_good(quarter_bits: int, length: int, rows: int, sp
     np.testing.assert_allclose(errors[0].cpu(), expected[0], rtol=0, atol=1e-5)  # later columns see other roundings
     cost, cost_here = (float((weights * error**2).mean()) for error in (errors.cpu(), torch.from_numpy(expected)))
     assert cost == pytest.approx(cost_here, rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("state_bits", "length", "rows"), [(12, 256, 512), (14, 64, 128)])
+def test_a_gpu_sweeps_as_well(state_bits: int, length: int, rows: int) -> None:
+    """Over more columns than are changed at once: codes stay those of the values, and the loss falls as far."""
+    from rwkvq.quantize.viterbi_cuda import sweep_columns_cuda
+
+    columns, generator = 200, torch.Generator().manual_seed(0)
+    layout = TrellisLayout(rows, columns, 12, state_bits, length, 3, 3)
+    targets, weights = torch.randn(columns, rows, generator=generator), torch.rand(rows, generator=generator) + 0.5
+    mixed = torch.randn(columns, 2 * columns, generator=generator)
+    hessian = mixed @ mixed.t() / columns
+    offsets, shifts = torch.tensor([2, -2]).repeat(rows // 2), torch.tensor([3, -3]).repeat(columns // 2)
+    rates = layout.quarter_bits + shifts
+    no_feedback = np.zeros((columns, columns), np.float32)
+    arrays = targets.numpy().copy(), weights.numpy(), no_feedback, rates.numpy(), offsets.numpy()
+    codes, errors = map(torch.from_numpy, encode_columns(*arrays, layout))
+
+    def swept(device: str) -> float:
+        values, streams = (targets - errors).to(device), codes.to(device, copy=True)
+        moment, goal = hessian.to(device), targets.to(device)
+        pull = moment @ (goal - values)
+        numbers = weights.to(device), rates.to(device), offsets.to(device)
+        if device == "cuda":
+            sweep_columns_cuda(values, pull, moment, *numbers, layout, streams)
+        else:
+            plain = (item.numpy() for item in (values, pull, moment, *numbers))
+            sweep_columns(*plain, layout, streams.numpy())
+        decoded = decode(codes_of(layout, streams.cpu(), offsets, shifts)).t()
+        torch.testing.assert_close(decoded, values.cpu(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(pull.cpu(), hessian @ (targets - values.cpu()), rtol=0, atol=1e-3)
+        difference = targets - values.cpu()
+        return float(((hessian @ difference) * difference * weights).sum())
+
+    before = float(((hessian @ errors) * errors * weights).sum())
+    found, expected = swept("cuda"), swept("cpu")
+    assert found < 0.9 * before
+    assert found == pytest.approx(expected, rel=0.03)
