@@ -210,16 +210,18 @@ def used_windows(folder: Path, block: int) -> tuple[list[int], int]:
         return [window for window in range(reader.shape.windows) if window not in held_out], reader.shape.length
 
 
-def read_block(folder: Path, block: int, *, model_sha256: str, batch: int = BATCH) -> Iterator[InputBatch]:
-    """The inputs of a block, `batch` windows at a time; only these are in memory.
+def read_block(
+    folder: Path, block: int, *, model_sha256: str, batch: int = BATCH, every: int = 1
+) -> Iterator[InputBatch]:
+    """The inputs of a block, `batch` windows at a time; only these are in memory. every: one of so many batches is read.
 
     Raises ActivationError, naming the file and the remedy: missing, damaged, of another model, other windows than the
     rest of the cache, or other code.
     """
-    yield from _read(folder, block, CacheKey(model_sha256, cache_windows(folder), code_version(CODE)), batch)
+    yield from _read(folder, block, CacheKey(model_sha256, cache_windows(folder), code_version(CODE)), batch, every)
 
 
-def _read(folder: Path, block: int, key: CacheKey, batch: int) -> Iterator[InputBatch]:
+def _read(folder: Path, block: int, key: CacheKey, batch: int, every: int = 1) -> Iterator[InputBatch]:
     with ExitStack() as stack:
         inputs = stack.enter_context(CacheReader(block_path(folder, block), _input_of(block)))
         readers = [inputs]
@@ -231,7 +233,7 @@ def _read(folder: Path, block: int, key: CacheKey, batch: int) -> Iterator[Input
                 raise ActivationError(f"{reader.path}: damaged (not of the shape of {inputs.path.name}); {REMEDY}")
         is_held_out = torch.zeros(inputs.shape.windows, dtype=torch.bool)
         is_held_out[list(inputs.shape.held_out)] = True
-        for start in range(0, inputs.shape.windows, batch):
+        for start in range(0, inputs.shape.windows, batch * every):
             stop = min(start + batch, inputs.shape.windows)
             x, *v_first = (reader.read(start, stop) for reader in readers)
             yield InputBatch(x, v_first[0] if v_first else None, is_held_out[start:stop])

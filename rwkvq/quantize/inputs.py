@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -72,12 +71,12 @@ def collect_inputs(
             name: token_weights(item, (len(used), length), calibration)[taken] for name, item in sensitivities.items()
         }
     device = calibration.device
-    batches = activations.read_block(calibration.cache, block, model_sha256=source.identity())
+    batches = activations.read_block(calibration.cache, block, model_sha256=source.identity(), every=calibration.every)
     collected = statistics.collect(
         source.spec,
         block,
         load_block(source, block, device=device, without=("ffn.value.weight",)),
-        (batch.to(device) for batch in islice(batches, 0, None, calibration.every)),
+        (batch.to(device) for batch in batches),
         wanted,
         weighting=calibration.weighting,
         percentile=calibration.percentile,

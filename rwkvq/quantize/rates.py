@@ -22,8 +22,7 @@ def rate_offsets(layout: TrellisLayout, row_costs: Tensor, column_costs: Tensor)
     rows = torch.zeros(layout.rows, dtype=torch.int8, device=row_costs.device)
     if layout.row_offset_bits:
         low, high = _span(layout.row_offset_bits, MIN_RATE - rate, MAX_RATE - rate)
-        costs = row_costs.view(-1, layout.length)
-        rows = torch.cat([offsets_of(own, low, high) for own in costs])
+        rows = offsets_of(row_costs.view(-1, layout.length), low, high).flatten()
     columns = torch.zeros(layout.columns, dtype=torch.int8, device=column_costs.device)
     if layout.column_offset_bits:
         low, high = _span(
@@ -43,20 +42,27 @@ def chosen_offset_bits(row_costs: Tensor, column_costs: Tensor, length: int) -> 
 
 
 def offsets_of(costs: Tensor, low: int, high: int) -> Tensor:
-    """Whole numbers int8 [n] from low <= 0 to high >= 0, of sum 0, near 2 log2(costs) plus a constant."""
+    """Whole numbers int8 [..., n] from low <= 0 to high >= 0, near 2 log2(costs) plus a constant, of sum 0 along n."""
     wanted = 2 * torch.log2(costs.double().clamp_min(1e-300)).cpu()
-    below, above = float(low - wanted.max()), float(high - wanted.min())
+    below, above = low - wanted.amax(-1, keepdim=True), high - wanted.amin(-1, keepdim=True)
     for _ in range(60):
         middle = 0.5 * (below + above)
-        below, above = (middle, above) if float((wanted + middle).clamp(low, high).sum()) < 0 else (below, middle)
-    wanted = (wanted + above).clamp(low, high)
+        is_low = (wanted + middle).clamp_(low, high).sum(-1, keepdim=True) < 0
+        below, above = torch.where(is_low, middle, below), torch.where(is_low, above, middle)
+    wanted = (wanted + above).clamp_(low, high)
     offsets = wanted.round()
+    for own, exact in zip(offsets.view(-1, wanted.shape[-1]), wanted.view(-1, wanted.shape[-1]), strict=True):
+        _balance(own, exact, low, high)
+    return offsets.to(torch.int8).to(costs.device)
+
+
+def _balance(offsets: Tensor, wanted: Tensor, low: int, high: int) -> None:
+    """Move rounded offsets [n] by steps of 1 until their sum is 0."""
     while left := -int(offsets.sum()):  # those nearest to the other side of their rounding make up for the rest
         step = 1 if left > 0 else -1
         ease = ((wanted - offsets) * step).masked_fill_((offsets + step < low) | (offsets + step > high), -torch.inf)
         moved = ease.argsort(descending=True, stable=True)[: min(abs(left), int(ease.isfinite().sum()))]
         offsets[moved] += step
-    return offsets.to(torch.int8).to(costs.device)
 
 
 def _span(bits: int, low: int, high: int) -> tuple[int, int]:
@@ -76,6 +82,6 @@ def _saved(costs: Tensor, bits: int) -> float:
     """Bits a weight that offsets of this width save at equal loss."""
     costs = costs.double().cpu()
     low, high = _span(bits, -100, 100)
-    offsets = torch.stack([offsets_of(own, low, high) for own in costs]).double()
+    offsets = offsets_of(costs, low, high).double()
     total = float(costs.sum())
     return -0.5 * float(torch.log2((costs * torch.exp2(-offsets / 2)).sum() / total)) if total > 0 else 0.0
