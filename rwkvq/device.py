@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +13,10 @@ from rwkvq.errors import SettingsError
 from rwkvq.settings import Device
 
 CPU = torch.device("cpu")
+STREAMS = 6
+"""Weights that a GPU works on at once: the columns of one leave most of it idle."""
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def torch_device(name: Device) -> torch.device:
@@ -29,3 +35,18 @@ def working_on(name: Device) -> Iterator[torch.device]:
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def map_on(device: torch.device, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """function(item) for each item, in order: one after the other on the processor, STREAMS at once on a GPU."""
+    if device.type == "cpu":
+        yield from map(function, items)
+        return
+    torch.cuda.synchronize()  # new streams do not wait for what was begun before
+
+    def on_stream(item: _Item) -> _Result:
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            return function(item)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        yield from pool.map(on_stream, items)

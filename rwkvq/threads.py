@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,16 @@ def torch_threads(count: int) -> Iterator[None]:
 def single_threaded_torch() -> AbstractContextManager[None]:
     """Set torch to one thread, for Python threads started inside too, and back."""
     return torch_threads(1)
+
+
+def prefetched(items: Iterable[_Item], ahead: int = 2) -> Iterator[_Item]:
+    """The items, `ahead` of them taken beforehand on a thread of their own."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future[Any]] = deque(pool.submit(next, iterator, end) for _ in range(ahead))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, iterator, end))
+            yield item
 
 
 def map_in_order(

@@ -6,7 +6,7 @@ is resumed, or a file that is rebuilt, gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from rwkvq.errors import ActivationError
 from rwkvq.files import atomic_path, code_version, make_folder
 from rwkvq.models import batches_at_once, embed, fitting_batch, load_block, run_block
 from rwkvq.settings import ActivationsSettings
-from rwkvq.threads import map_in_order
+from rwkvq.threads import map_in_order, prefetched
 
 CODE = (
     "rwkvq.models",
@@ -190,11 +190,15 @@ class _Job:
         weights = load_block(self.source, block, device=self.device)
 
         def run(batch: InputBatch) -> tuple[Tensor, ...]:
-            batch = batch.to(self.device)
             x, _, v_first = run_block(self.source.spec, block, weights, batch.x, v_first=batch.v_first)
             return (x.cpu(),) if v_first is None else (x.cpu(), v_first.cpu())
 
-        return map_in_order(run, _read(self.folder, block, self.key, self.batch), self.workers)
+        return map_in_order(run, on_device(_read(self.folder, block, self.key, self.batch), self.device), self.workers)
+
+
+def on_device(batches: Iterable[InputBatch], device: torch.device) -> Iterator[InputBatch]:
+    """The batches with their tensors on `device`; for a GPU they are read ahead."""
+    return iter(batches) if device.type == "cpu" else (batch.to(device) for batch in prefetched(batches))
 
 
 def cache_windows(folder: Path) -> str:
@@ -213,7 +217,7 @@ def used_windows(folder: Path, block: int) -> tuple[list[int], int]:
 def read_block(
     folder: Path, block: int, *, model_sha256: str, batch: int = BATCH, every: int = 1
 ) -> Iterator[InputBatch]:
-    """The inputs of a block, `batch` windows at a time; only these are in memory. every: one of so many batches is read.
+    """The inputs of a block, `batch` windows at a time; only these are in memory. every: of so many batches, 1 is read.
 
     Raises ActivationError, naming the file and the remedy: missing, damaged, of another model, other windows than the
     rest of the cache, or other code.

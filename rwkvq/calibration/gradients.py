@@ -165,7 +165,8 @@ class _Pass:
         """(place among the watched windows, its inputs), window by window."""
         places = {window: place for place, window in enumerate(self.chosen)}
         identity = self.source.identity()
-        for window, batch in enumerate(activations.read_block(self.cache, block, model_sha256=identity, batch=1)):
+        batches = activations.read_block(self.cache, block, model_sha256=identity, batch=1)
+        for window, batch in enumerate(activations.on_device(batches, self.device)):
             if window in places:
                 yield places[window], batch
             if window >= self.chosen[-1]:
@@ -187,7 +188,6 @@ class _Pass:
             squares = gradient.square()
             seen[name] = squares.sum((0, 1), dtype=torch.float64), squares.mean(-1)[0], x.square().sum(-1)[0]
 
-        batch = batch.to(self.device)
         x = batch.x.requires_grad_()
         v_first = None if batch.v_first is None else batch.v_first.requires_grad_()
         y, v_out = run_block_with_graph(self.source.spec, block, tapped(weights, watched, note), x, v_first=v_first)

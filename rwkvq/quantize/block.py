@@ -7,8 +7,7 @@ already carries the key of the same work is kept, so a job that was killed goes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rwkvq.calibration import activations
 from rwkvq.calibration.gradients import gradients_path
 from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
-from rwkvq.device import CPU, working_on
+from rwkvq.device import CPU, map_on, working_on
 from rwkvq.errors import ActivationError, QuantizationError
 from rwkvq.files import canonical_json, code_version, sha256_of_bytes, sha256_of_file
 from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, TableLayout, TrellisLayout, VectorLayout
@@ -51,8 +50,6 @@ NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table"}
 NEEDS_GRADIENTS = {"trellis", "table"}
 ON_GPU = {"trellis"}
 """Methods that run where the statistics are; the others take them to the processor."""
-STREAMS = 6
-"""Weights of a block that a GPU works on at once: the columns of one leave most of it idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,26 +141,10 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
             write_result(tensor_path(work.folder, entry.name), parts, keys[entry.name], error)
             return entry.name
 
-        for count, name in enumerate(_each(make, todo, device), len(done) + 1):
+        by_columns = sorted(todo, key=lambda entry: -entry.shape[-1])  # a GPU takes one time for every column
+        for count, name in enumerate(map_on(device, make, by_columns), len(done) + 1):
             on_event({"tensor": name, "done": count, "total": len(entries), "kept": False})
     return [entry.name for entry in todo]
-
-
-def _each(make: Callable[[PlannedTensor], str], todo: list[PlannedTensor], device: torch.device) -> Iterator[str]:
-    """make(entry) for each: one after the other on the processor, several at once on a GPU, the largest first."""
-    if device.type == "cpu":
-        yield from map(make, todo)
-        return
-    torch.cuda.synchronize()  # streams do not wait for the one that the statistics were computed on
-
-    def on_stream(entry: PlannedTensor) -> str:
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            return make(entry)
-
-    by_columns = sorted(todo, key=lambda entry: -entry.shape[-1])  # a column takes one time, however long it is
-    with ThreadPoolExecutor(STREAMS) as pool:
-        for future in as_completed([pool.submit(on_stream, entry) for entry in by_columns]):
-            yield future.result()
 
 
 def _weights(source: WeightSource) -> dict[str, Weight]:

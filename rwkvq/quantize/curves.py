@@ -18,7 +18,7 @@ from torch import Tensor
 from rwkvq.calibration import activations
 from rwkvq.checkpoint.names import Weight, extract, weights_of
 from rwkvq.checkpoint.reader import open_checkpoint
-from rwkvq.device import working_on
+from rwkvq.device import map_on, working_on
 from rwkvq.errors import QuantizationError
 from rwkvq.formats import Layout, TableLayout, TrellisLayout
 from rwkvq.formats.table import GROUP
@@ -79,7 +79,7 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[dict[str, Any]]:
     candidates = {weight.name: candidates_of(weight, work.state_bits) for weight in weights}
     used, length = activations.used_windows(Path(work.activations), work.block)
     widest = max(weight.shape[1] for weight in weights)
-    points = []
+    points: list[CurvePoint] = []
     with working_on(work.device) as device:
         calibration = Calibration(
             Path(work.activations),
@@ -90,10 +90,14 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[dict[str, Any]]:
             device=device,
         )
         inputs = collect_inputs(source, work.block, weights, set(candidates), calibration)
-        for done, weight in enumerate(weights, 1):
+
+        def measure(weight: Weight) -> list[CurvePoint]:
             tensor = extract(source.tensor(weight.tensor), weight).to(device, torch.float32)
             moment, fisher = inputs.second_moments[weight.name], inputs.fisher[weight.name]
-            points += curve_of(weight, tensor, moment, fisher, candidates[weight.name], work)
+            return curve_of(weight, tensor, moment, fisher, candidates[weight.name], work)
+
+        for done, (weight, found) in enumerate(zip(weights, map_on(device, measure, weights), strict=True), 1):
+            points += found
             on_event({"tensor": weight.name, "done": done, "total": len(weights)})
     return [asdict(point) for point in points]
 

@@ -76,7 +76,7 @@ def collect_inputs(
         source.spec,
         block,
         load_block(source, block, device=device, without=("ffn.value.weight",)),
-        (batch.to(device) for batch in batches),
+        activations.on_device(batches, device),
         wanted,
         weighting=calibration.weighting,
         percentile=calibration.percentile,
