@@ -21,8 +21,12 @@ from rwkvq.formats import (
     ElementwiseCodes,
     ElementwiseLayout,
     Layout,
+    RotatedCodes,
+    RotatedLayout,
     ScalarCodes,
     ScalarLayout,
+    ScaledCodes,
+    ScaledLayout,
     TableCodes,
     TableLayout,
     TrellisCodes,
@@ -56,7 +60,8 @@ def tiny_source(folder: Path, version: Version, **sizes: Any) -> Checkpoint:
 def plan_of(source: WeightSource) -> Plan:
     """A plan in which every format, and every variant of each, takes its turn."""
     shapes = {name: source.shape(name) for name in source.names()}
-    tensors, turns = [], dict.fromkeys(("matrix", "lora", "elementwise", "keep"), 0)
+    # the golden models have few weights: matrices and LoRA factors begin at different formats
+    tensors, turns = [], {"matrix": 0, "lora": 8, "elementwise": 0, "keep": 0}
     for weight in weights_of(source.spec, shapes):
         turn = turns[weight.weight_class]
         turns[weight.weight_class] += 1
@@ -118,6 +123,8 @@ def _choice(source: WeightSource, weight: Weight, turn: int) -> tuple[Layout, st
         (ScalarLayout(rows, columns, 2, math.gcd(columns, 64), True), "gptq"),
         (_trellis_layout(rows, columns, turn), "trellis"),
         (TableLayout(rows, columns, 2 + turn % 3), "table"),
+        (ScaledLayout(ScalarLayout(rows, columns, 3, math.gcd(columns, 32), False)), "awq"),
+        (RotatedLayout(ScalarLayout(rows, columns, 3, math.gcd(columns, 64), True)), "rotation"),
         (DenseLayout(weight.shape, own), "keep"),
     ]
     return choices[turn % len(choices)]
@@ -154,6 +161,14 @@ def scattered(key: str, low: int, high: int, shape: tuple[int, ...], dtype: torc
     return (low + (mixed >> 8) % (high - low)).to(dtype).reshape(shape)
 
 
+def _scalar_codes(layout: ScalarLayout, key: str) -> ScalarCodes:
+    levels, groups = 1 << layout.bits, (layout.rows, layout.groups)
+    zero = None if layout.symmetric else scattered(f"{key}zero", 0, levels, groups, torch.uint8)
+    codes = scattered(key, 0, levels, (layout.rows, layout.columns), torch.uint8)
+    scale = scattered(f"{key}scale", 1, 32, groups) * 2.0**-10
+    return ScalarCodes(layout, codes, scale.half(), zero)
+
+
 def _codes(layout: Layout, key: str) -> Codes:
     """Scales, bases and float codebooks are multiples of a power of two, so that decoding is exact."""
     parts = {name: shape for name, (_, shape) in layout.parts().items()}
@@ -162,12 +177,13 @@ def _codes(layout: Layout, key: str) -> Codes:
         return (scattered(key + part, low, high, parts[part]) * unit).half() if part in parts else None
 
     if isinstance(layout, ScalarLayout):
-        levels, groups = 1 << layout.bits, (layout.rows, layout.groups)
-        zero = None if layout.symmetric else scattered(f"{key}zero", 0, levels, groups, torch.uint8)
-        codes = scattered(key, 0, levels, (layout.rows, layout.columns), torch.uint8)
-        scale = halves("scale", 1, 32, 2**-10)
-        assert scale is not None
-        return ScalarCodes(layout, codes, scale, zero)
+        return _scalar_codes(layout, key)
+    if isinstance(layout, ScaledLayout):
+        column_scale = 2.0 ** scattered(f"{key}column_scale", -3, 4, (layout.columns,))
+        return ScaledCodes(layout, _scalar_codes(layout.inner, key), column_scale.half())
+    if isinstance(layout, RotatedLayout):
+        flips = scattered(f"{key}flips", 0, 2, (layout.columns,), torch.uint8)
+        return RotatedCodes(layout, _scalar_codes(layout.inner, key), flips)
     if isinstance(layout, TableLayout):
         base = halves("base", 1, 32, 2**-10)
         assert base is not None

@@ -9,11 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from rwkvq.errors import PlanError
-from rwkvq.formats import dense, elementwise, scalar, table, trellis, vector
+from rwkvq.formats import dense, elementwise, rotated, scalar, scaled, table, trellis, vector
+from rwkvq.formats.columnwise import ColumnwiseLayout
 from rwkvq.formats.dense import DenseCodes, DenseLayout
 from rwkvq.formats.elementwise import ElementwiseCodes, ElementwiseLayout
 from rwkvq.formats.parts import Layout, Parts
+from rwkvq.formats.rotated import RotatedCodes, RotatedLayout
 from rwkvq.formats.scalar import ScalarCodes, ScalarLayout
+from rwkvq.formats.scaled import ScaledCodes, ScaledLayout
 from rwkvq.formats.table import TableCodes, TableLayout
 from rwkvq.formats.trellis import TrellisCodes, TrellisLayout
 from rwkvq.formats.vector import VectorCodes, VectorLayout
@@ -21,6 +24,7 @@ from rwkvq.formats.vector import VectorCodes, VectorLayout
 __all__ = [
     "FORMATS",
     "Codes",
+    "ColumnwiseLayout",
     "DenseCodes",
     "DenseLayout",
     "ElementwiseCodes",
@@ -28,8 +32,12 @@ __all__ = [
     "Format",
     "Layout",
     "Parts",
+    "RotatedCodes",
+    "RotatedLayout",
     "ScalarCodes",
     "ScalarLayout",
+    "ScaledCodes",
+    "ScaledLayout",
     "TableCodes",
     "TableLayout",
     "TrellisCodes",
@@ -41,7 +49,9 @@ __all__ = [
     "pack_codes",
 ]
 
-Codes = DenseCodes | ScalarCodes | VectorCodes | ElementwiseCodes | TrellisCodes | TableCodes
+Codes = (
+    DenseCodes | ScalarCodes | VectorCodes | ElementwiseCodes | TrellisCodes | TableCodes | ScaledCodes | RotatedCodes
+)
 """An encoded weight in any format."""
 
 
@@ -77,6 +87,8 @@ FORMATS: dict[str, Format] = {
         ),
         Format("trellis", TrellisLayout, trellis.pack, trellis.unpack, trellis.decode, TrellisLayout.from_json),
         Format("table", TableLayout, table.pack, table.unpack, table.decode, TableLayout.from_json),
+        Format("scaled", ScaledLayout, scaled.pack, scaled.unpack, scaled.decode, ScaledLayout.from_json),
+        Format("rotated", RotatedLayout, rotated.pack, rotated.unpack, rotated.decode, RotatedLayout.from_json),
     )
 }
 

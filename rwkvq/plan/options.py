@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from rwkvq.errors import PlanError
 
-Method = Literal["keep", "rtn", "gptq", "kmeans", "gptvq", "elementwise", "trellis", "table"]
+Method = Literal["keep", "rtn", "gptq", "kmeans", "gptvq", "elementwise", "trellis", "table", "awq", "rotation"]
 
 FORMAT_OF: Mapping[Method, str] = {
     "keep": "dense",
@@ -19,6 +19,8 @@ FORMAT_OF: Mapping[Method, str] = {
     "elementwise": "elementwise",
     "trellis": "trellis",
     "table": "table",
+    "awq": "scaled",
+    "rotation": "rotated",
 }
 """The one format that each method writes."""
 
@@ -46,6 +48,13 @@ _FLAG = (True, False)
 _DAMPING = Number(float, 1e-9, 1.0)
 _ITERATIONS = Number(int, 1, 10_000)
 _SWEEPS = Number(int, 0, 20)
+_GPTQ: Mapping[str, Number | tuple[object, ...]] = {
+    "clip_search": _FLAG,
+    "static_groups": _FLAG,
+    "act_order": _FLAG,
+    "sweeps": _SWEEPS,
+    "damping": _DAMPING,
+}
 _GUIDED: Mapping[str, Number | tuple[object, ...]] = {
     "guide": Number(float, 0.0, 1.0),
     "row_weights": _FLAG,
@@ -55,7 +64,7 @@ _GUIDED: Mapping[str, Number | tuple[object, ...]] = {
 OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
     "keep": {},
     "rtn": {"clip_search": _FLAG},
-    "gptq": {"clip_search": _FLAG, "static_groups": _FLAG, "act_order": _FLAG, "sweeps": _SWEEPS, "damping": _DAMPING},
+    "gptq": _GPTQ,
     "kmeans": {"iterations": _ITERATIONS},
     "gptvq": {
         "iterations": _ITERATIONS,
@@ -70,6 +79,8 @@ OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
     },
     "trellis": {**_GUIDED, "sweeps": _SWEEPS},
     "table": _GUIDED,
+    "awq": {"clip_search": _FLAG},
+    "rotation": _GPTQ,
 }
 """Options of each method: a range, or the accepted values."""
 

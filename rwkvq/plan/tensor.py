@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar, cast, get_args
 from rwkvq.checkpoint.names import WeightClass
 from rwkvq.errors import PlanError
 from rwkvq.formats import (
+    ColumnwiseLayout,
     DenseLayout,
     ElementwiseLayout,
     Layout,
@@ -136,7 +137,7 @@ def layout_shape(layout: Layout) -> tuple[int, ...]:
         return layout.shape
     if isinstance(layout, ElementwiseLayout):
         return (layout.size,)
-    assert isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout)
+    assert isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout | ColumnwiseLayout)
     return (layout.rows, layout.columns)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from rwkvq.artifact.reader import open_artifact
 from rwkvq.artifact.verify import verify
+from rwkvq.formats import FORMATS
 from rwkvq.plan.bits import totals
 from tests.golden.make_artifact import FOLDER, SHARD_BYTES, write_golden
 
@@ -128,12 +129,27 @@ def decode_table(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
     return entries * row_scales(parts, rows)[:, None]
 
 
+def decode_scaled(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
+    return decode_scalar(parts, layout) / parts["column_scale"].astype(np.float32)
+
+
+def decode_rotated(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
+    columns = layout["columns"]
+    block = next(size for size in reversed(range(columns + 1)) if columns % size == 0 and size.bit_count() == 1)
+    places = np.arange(block)
+    signs = np.array([[(-1) ** int(i & j).bit_count() for j in places] for i in places], np.float32)
+    turned = decode_scalar(parts, layout).reshape(-1, block) @ signs / np.float32(block**0.5)
+    return turned.reshape(-1, columns) * (1 - 2 * bit_stream(parts["flips"], 1, columns)).astype(np.float32)
+
+
 DECODERS = {
     "scalar": decode_scalar,
     "vector": decode_vector,
     "elementwise": decode_elementwise,
     "trellis": decode_trellis,
     "table": decode_table,
+    "scaled": decode_scaled,
+    "rotated": decode_rotated,
 }
 
 
@@ -169,6 +185,11 @@ def test_the_document_decodes_the_golden_artifact(version: str) -> None:
     assert list(decoded) == [planned.name for planned in artifact.plan.tensors]
     for name, expected in decoded.items():
         assert torch.equal(artifact.weight(name).float().reshape(expected.shape), torch.from_numpy(expected)), name
+
+
+def test_the_golden_artifacts_use_every_format() -> None:
+    plans = [open_artifact(FOLDER / version).plan for version in VERSIONS]
+    assert {planned.layout.format for plan in plans for planned in plan.tensors} == {"dense", *DECODERS} == set(FORMATS)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -15,8 +15,12 @@ from rwkvq.formats import (
     DenseLayout,
     ElementwiseCodes,
     ElementwiseLayout,
+    RotatedCodes,
+    RotatedLayout,
     ScalarCodes,
     ScalarLayout,
+    ScaledCodes,
+    ScaledLayout,
     VectorCodes,
     VectorLayout,
     decode_parts,
@@ -59,12 +63,24 @@ def _elementwise() -> ElementwiseCodes:
     return ElementwiseCodes(layout, torch.tensor([0, 1, 2, 1, 0], dtype=torch.uint8), codebook, _half(0.5, 2))
 
 
+def _scaled() -> ScaledCodes:
+    inner = _scalar(symmetric=False)
+    return ScaledCodes(ScaledLayout(inner.layout), inner, _half(1, 2, 4, 0.5))
+
+
+def _rotated() -> RotatedCodes:
+    inner = _scalar(symmetric=True)
+    return RotatedCodes(RotatedLayout(inner.layout), inner, torch.tensor([0, 1, 0, 0], dtype=torch.uint8))
+
+
 ALL: list[Codes] = [
     _scalar(symmetric=False),
     _scalar(symmetric=True),
     _vector(),
     _factored(),
     _elementwise(),
+    _scaled(),
+    _rotated(),
     DenseCodes(DenseLayout((2, 2), "bfloat16"), torch.eye(2, dtype=torch.bfloat16)),
 ]
 

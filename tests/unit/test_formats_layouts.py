@@ -13,7 +13,9 @@ from rwkvq.formats import (
     DenseLayout,
     ElementwiseLayout,
     Layout,
+    RotatedLayout,
     ScalarLayout,
+    ScaledLayout,
     TableLayout,
     TrellisLayout,
     VectorLayout,
@@ -31,6 +33,8 @@ LAYOUTS: list[Layout] = [
     TrellisLayout(64, 10, 13, 12, 32),
     TrellisLayout(64, 10, 13, 12, 32, 3, 4),
     TableLayout(6, 64, 3),
+    ScaledLayout(ScalarLayout(6, 64, 3, 32, False)),
+    RotatedLayout(ScalarLayout(6, 64, 3, 64, True)),
 ]
 
 
@@ -144,7 +148,7 @@ def test_missing_keys_and_unknown_formats_are_plan_errors() -> None:
         layout_from_json("scalar", {"rows": 1})
     with pytest.raises(PlanError, match="mapping"):
         layout_from_json("scalar", [1])  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="known: dense, scalar, vector, elementwise, trellis, table"):
+    with pytest.raises(PlanError, match="known: dense, scalar, vector, elementwise, trellis, table, scaled, rotated"):
         layout_from_json("lattice", {})
 
 
