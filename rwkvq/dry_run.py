@@ -14,13 +14,14 @@ import torch
 
 from rwkvq.calibration.activations import estimate_cache_bytes
 from rwkvq.checkpoint.names import Weight, weights_of
-from rwkvq.formats import ScalarLayout, TableLayout, TrellisLayout, VectorLayout
+from rwkvq.formats import ColumnwiseLayout, ScalarLayout, TableLayout, TrellisLayout, VectorLayout
 from rwkvq.formats.trellis import RATES
 from rwkvq.plan.bits import Totals, totals
 from rwkvq.plan.candidates import CurvePoint, candidates_of, read_curves
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.policies import Curves, make_plan
 from rwkvq.proxies import table
+from rwkvq.quantize.block import NEEDS_STATISTICS
 from rwkvq.run import Run, cores
 from rwkvq.stages import STAGES, WAITS, reason_for, stages_of
 
@@ -34,6 +35,8 @@ _SECONDS_PER_WEIGHT = {
     "elementwise": 2e-5,
     "trellis": 4e-6,
     "table": 5e-7,
+    "awq": 8e-7,
+    "rotation": 7e-7,
 }
 """One-core seconds a weight of each method, measured on rwkv7-9m; the matrix products are counted apart."""
 
@@ -218,11 +221,11 @@ def _flops(run: Run, plan: Plan) -> _Flops:
     tokens = run.settings.windows.samples * run.settings.windows.length
     matrices = [entry for entry in plan.tensors if entry.weight_class in ("matrix", "lora")]
     forward = sum(entry.numel for entry in matrices)
-    layouts = [entry.layout for entry in matrices if entry.method in ("gptq", "gptvq", "trellis", "table")]
+    layouts = [entry.layout for entry in matrices if entry.method in NEEDS_STATISTICS]
     moments = sum(
         layout.columns**2
         for layout in layouts
-        if isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout)
+        if isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout | ColumnwiseLayout)
     )
     return _Flops(float(tokens * forward), float(tokens * moments))
 

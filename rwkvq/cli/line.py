@@ -45,7 +45,9 @@ def quantize(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="A method to compare with: rtn, sq, kmeans, vq or rwkvquant [default: budget]."),
+        typer.Option(
+            help="A method to compare with: rtn, sq, kmeans, vq, awq, rotation or rwkvquant [default: budget]."
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="text, camera, official or rwkvq: a preset of policy rwkvquant.")

@@ -9,9 +9,18 @@ import torch
 
 from rwkvq.checkpoint.names import Weight
 from rwkvq.errors import PlanError, ShapeError
-from rwkvq.formats import DenseLayout, ElementwiseLayout, ScalarLayout, VectorLayout
+from rwkvq.formats import (
+    FORMATS,
+    ColumnwiseLayout,
+    DenseLayout,
+    ElementwiseLayout,
+    Layout,
+    ScalarLayout,
+    VectorLayout,
+)
 from rwkvq.formats.dense import DTYPES, DenseDtype
 from rwkvq.formats.vector import MAX_ENTRIES
+from rwkvq.plan.options import FORMAT_OF, Method
 from rwkvq.plan.presets import Resolved, VectorArm
 
 SMALLEST_GROUP = 16
@@ -52,6 +61,12 @@ def scalar_layout(weight: Weight, settings: Resolved, bits: int) -> tuple[Scalar
     group = group_for(weight, settings.scalar.group_size, "quantize.scalar.group_size")
     rows, columns = weight.shape
     return ScalarLayout(rows, columns, bits, group.columns, settings.scalar.symmetric), group.remark
+
+
+def layout_of(method: Method, scalar: ScalarLayout) -> Layout:
+    """The layout of what `method` writes where its codes have the layout `scalar`."""
+    kind = FORMATS[FORMAT_OF[method]].layout
+    return kind(scalar) if issubclass(kind, ColumnwiseLayout) else scalar
 
 
 def vector_layout(weight: Weight, settings: Resolved) -> tuple[VectorLayout, str]:

@@ -29,6 +29,8 @@ ARM_OF: Mapping[Policy, tuple[Arm, Method]] = {
     "sq": ("sq", "gptq"),
     "kmeans": ("vq", "kmeans"),
     "vq": ("vq", "gptvq"),
+    "awq": ("sq", "awq"),
+    "rotation": ("sq", "rotation"),
 }
 """The arm and method of every matrix under the policies that decide nothing."""
 
@@ -237,7 +239,8 @@ def _choose_arm(weight: Weight, settings: Resolved, verdict: Verdict) -> _Choice
     method = METHOD_OF[arm] if settings.policy == "rwkvquant" else ARM_OF[settings.policy][1]
     layout: Layout
     if arm == "sq":
-        layout, remark = layouts.scalar_layout(weight, settings, settings.bits)
+        scalar, remark = layouts.scalar_layout(weight, settings, settings.bits)
+        layout = layouts.layout_of(method, scalar)
     else:
         layout, remark = layouts.vector_layout(weight, settings)
     return _Choice(layout, method, _joined(verdict.reasons[weight.name], remark))
@@ -263,16 +266,17 @@ def method_options(method: Method, weight: Weight, settings: Resolved, guide: fl
     scalar, vector, elementwise = settings.scalar, settings.vector, settings.elementwise
     # what is stored in 8 bits outside the arms gains nothing from cutting off extremes
     clip_search = scalar.clip_search and _is_decided(weight, settings)
+    gptq = {
+        "clip_search": clip_search,
+        "static_groups": scalar.static_groups,
+        "act_order": scalar.act_order,
+        "sweeps": settings.sweeps,
+        "damping": settings.damping,
+    }
     options: Mapping[Method, dict[str, Any]] = {
         "keep": {},
         "rtn": {"clip_search": clip_search},
-        "gptq": {
-            "clip_search": clip_search,
-            "static_groups": scalar.static_groups,
-            "act_order": scalar.act_order,
-            "sweeps": settings.sweeps,
-            "damping": settings.damping,
-        },
+        "gptq": gptq,
         "kmeans": {"iterations": vector.iterations},
         "gptvq": {
             "iterations": vector.iterations,
@@ -284,5 +288,7 @@ def method_options(method: Method, weight: Weight, settings: Resolved, guide: fl
         "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
         "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
         "table": {"guide": guide, "row_weights": True, "damping": settings.damping},
+        "awq": {"clip_search": clip_search},
+        "rotation": gptq,
     }
     return options[method]

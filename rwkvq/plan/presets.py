@@ -233,10 +233,10 @@ def _resolve_vector(settings: VectorSettings, default: VectorArm, bits: int) -> 
 def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
     """Fill every value that the settings leave open from the preset.
 
-    The policies rtn, sq, kmeans and vq are baselines: they take what is open from preset `rwkvq` whatever the preset,
-    so that they mean the same beside every preset, but no sweeps; rtn alone rounds to the plain minimum and maximum
-    unless clip_search is set. Policy budget takes one sweep. Raises SettingsError for values that contradict each
-    other.
+    The policies rtn, sq, kmeans, vq, awq and rotation are baselines: they take what is open from preset `rwkvq`
+    whatever the preset, so that they mean the same beside every preset, but no sweeps; rtn alone rounds to the plain
+    minimum and maximum unless clip_search is set. Policy budget takes one sweep. Raises SettingsError for values that
+    contradict each other.
     """
     preset: Preset = plan.preset if plan.policy == "rwkvquant" else "rwkvq"
     default = PRESETS[preset]

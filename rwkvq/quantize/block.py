@@ -23,8 +23,10 @@ from rwkvq.device import CPU, map_on, working_on
 from rwkvq.errors import ActivationError, QuantizationError
 from rwkvq.files import canonical_json, code_version, sha256_of_bytes, sha256_of_file
 from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, TableLayout, TrellisLayout, VectorLayout
+from rwkvq.formats.rotated import RotatedLayout
+from rwkvq.formats.scaled import ScaledLayout
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.quantize import elementwise, gptq, gptvq, kmeans, rtn, tables, trellis
+from rwkvq.quantize import awq, elementwise, gptq, gptvq, kmeans, rotation, rtn, tables, trellis
 from rwkvq.quantize.hessian import FLOAT64_COLUMNS, row_chunks
 from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, collect_inputs
 from rwkvq.quantize.results import TensorError, read_done, tensor_path, write_result
@@ -46,7 +48,7 @@ CODE = (
 )
 """The sources that decide the bytes of a quantized tensor."""
 
-NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table"}
+NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table", "awq", "rotation"}
 NEEDS_GRADIENTS = {"trellis", "table"}
 ON_GPU = {"trellis"}
 """Methods that run where the statistics are; the others take them to the processor."""
@@ -220,6 +222,12 @@ def _encode(
     if entry.method == "gptq":
         assert isinstance(layout, ScalarLayout) and second_moment is not None
         return gptq.quantize(matrix, second_moment, layout, gptq.GptqOptions.from_json(options))
+    if entry.method == "awq":
+        assert isinstance(layout, ScaledLayout) and second_moment is not None
+        return awq.quantize(matrix, second_moment, layout, clip_search=options["clip_search"])
+    if entry.method == "rotation":
+        assert isinstance(layout, RotatedLayout) and second_moment is not None
+        return rotation.quantize(matrix, second_moment, layout, gptq.GptqOptions.from_json(options))
     if entry.method == "trellis":
         assert isinstance(layout, TrellisLayout) and second_moment is not None and fisher is not None
         return trellis.quantize(matrix, second_moment, layout, trellis.TrellisOptions.from_json(options), fisher)

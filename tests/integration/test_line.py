@@ -13,7 +13,9 @@ from rwkvq import stages
 from rwkvq.artifact.reader import open_artifact
 from rwkvq.artifact.verify import verify
 from rwkvq.checkpoint.reader import open_checkpoint
+from rwkvq.checkpoint.spec import Version
 from rwkvq.checkpoint.writer import export_checkpoint
+from rwkvq.dry_run import dry_run
 from rwkvq.engine.model import Engine
 from rwkvq.errors import EvaluationError, PlanError
 from rwkvq.plan.bits import totals
@@ -132,6 +134,21 @@ def test_policies_without_statistics_need_no_activations(tmp_path: Path, policy:
     results = stages.run_line(run)
     assert "activations" not in [result.stage for result in results]
     assert verify(run.artifact).tensors > 0
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("awq", "scaled"), ("rotation", "rotated")])
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_scaled_and_rotated_models_run_and_verify(tmp_path: Path, version: Version, policy: str, kind: str) -> None:
+    run = Run(settings_of(write_inputs(tmp_path, version), f"plan.policy={policy}"))
+    preview = dry_run(run)
+    stages.run_line(run)
+    artifact = open_artifact(run.artifact)
+    assert preview.totals == totals(artifact.plan)
+    decided = [entry for entry in artifact.plan.tensors if entry.weight_class in ("matrix", "lora")]
+    assert {entry.layout.format for entry in decided} == {kind}
+    assert verify(run.artifact).stored_bits == totals(artifact.plan).total_stored_bits
+    models = json.loads((run.evaluation / "evaluation.json").read_text())["models"]
+    assert 0 < models["quantized"]["kl"] < models["rtn"]["kl"]
 
 
 @pytest.mark.parametrize("preset", ["text", "camera", "official"])

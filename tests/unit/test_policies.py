@@ -12,7 +12,15 @@ import torch
 from rwkvq.checkpoint.names import weights_of
 from rwkvq.checkpoint.reader import Checkpoint, open_checkpoint
 from rwkvq.errors import PlanError
-from rwkvq.formats import DenseLayout, ElementwiseLayout, ScalarLayout, VectorLayout, pack_codes
+from rwkvq.formats import (
+    DenseLayout,
+    ElementwiseLayout,
+    RotatedLayout,
+    ScalarLayout,
+    ScaledLayout,
+    VectorLayout,
+    pack_codes,
+)
 from rwkvq.plan.options import FORMAT_OF
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.policies import make_plan
@@ -24,7 +32,7 @@ from tests.packed import codes_of
 from tests.tiny import tiny_tensors, write_tensors, write_tiny
 
 VERSIONS = ("x060", "x070")
-POLICIES = ("rtn", "sq", "kmeans", "vq", "rwkvquant")
+POLICIES = ("rtn", "sq", "kmeans", "vq", "awq", "rotation", "rwkvquant")
 PRESETS = ("text", "camera", "official", "rwkvq")
 
 Model = tuple[Checkpoint, list[Row]]
@@ -68,9 +76,8 @@ def test_every_weight_is_planned_once(models: dict[str, Model], version: str, po
     )
     assert plan.dropped == source.unused
     methods = {entry.method for entry in decided(plan)}
-    assert methods == {"rtn": {"rtn"}, "sq": {"gptq"}, "kmeans": {"kmeans"}, "vq": {"gptvq"}}.get(
-        policy, {"gptq", "gptvq"}
-    )
+    alone = {"rtn": "rtn", "sq": "gptq", "kmeans": "kmeans", "vq": "gptvq", "awq": "awq", "rotation": "rotation"}
+    assert methods == ({alone[policy]} if policy in alone else {"gptq", "gptvq"})
     for entry in plan.tensors:
         assert entry.layout.format == FORMAT_OF[entry.method]
         assert entry.reason
@@ -196,6 +203,18 @@ def test_options_are_those_of_the_quantizers(models: dict[str, Model]) -> None:
             assert GptvqOptions.from_json(entry.options) == GptvqOptions(damping=0.05)
         elif entry.method == "elementwise":
             assert entry.options == {"weight": "second_moment", "percentile": 99}
+
+
+def test_baselines_around_the_scalar_format_store_a_part_more(models: dict[str, Model]) -> None:
+    plain = {entry.name: entry for entry in decided(plan_of(models["x070"], policy="sq"))}
+    quantize = QuantizeSettings(scalar=ScalarSettings(clip_search=False))
+    for policy, kind in (("awq", ScaledLayout), ("rotation", RotatedLayout)):
+        entries = decided(plan_of(models["x070"], policy=policy))
+        assert {entry.layout for entry in entries} == {kind(plain[entry.name].layout) for entry in entries}
+        assert {entry.options["clip_search"] for entry in entries} == {True}
+        unclipped = decided(plan_of(models["x070"], policy=policy, quantize=quantize))
+        assert {entry.options["clip_search"] for entry in unclipped} == {False}
+    assert [entry.options for entry in entries] == [entry.options for entry in plain.values()]
 
 
 def test_bits_reach_both_arms(models: dict[str, Model]) -> None:
