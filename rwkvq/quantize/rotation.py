@@ -28,7 +28,8 @@ def draw_flips(columns: int) -> Tensor:
 def quantize(weight: Tensor, second_moment: Tensor, layout: RotatedLayout, options: GptqOptions) -> RotatedCodes:
     """Return weight [out, in] in the rotated format with small tr(dW H dW^T), H the second moment [in, in].
 
-    With V = W R^T and G = R H R^T the loss is tr(dV G dV^T), which GPTQ lowers. Holds one more [in, in] float32.
+    With V = W R^T and G = R H R^T the loss is tr(dV G dV^T), which GPTQ lowers. Holds G beside H, [in, in] float32, and
+    one more of this size while it rotates.
     Raises ShapeError for shapes that do not fit, QuantizationError for values that are not finite or a failing H.
     """
     check_shape(weight, layout.inner)
