@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from rwkvq.errors import PlanError
-from rwkvq.formats import dense, elementwise, rotated, scalar, scaled, table, trellis, vector
+from rwkvq.formats import affine, dense, elementwise, residual, rotated, scalar, scaled, table, trellis, vector
+from rwkvq.formats.affine import AffineCodes, AffineLayout
 from rwkvq.formats.columnwise import ColumnwiseLayout
 from rwkvq.formats.dense import DenseCodes, DenseLayout
 from rwkvq.formats.elementwise import ElementwiseCodes, ElementwiseLayout
 from rwkvq.formats.parts import Layout, Parts
+from rwkvq.formats.residual import ResidualCodes, ResidualLayout
 from rwkvq.formats.rotated import RotatedCodes, RotatedLayout
 from rwkvq.formats.scalar import ScalarCodes, ScalarLayout
 from rwkvq.formats.scaled import ScaledCodes, ScaledLayout
@@ -23,6 +25,8 @@ from rwkvq.formats.vector import VectorCodes, VectorLayout
 
 __all__ = [
     "FORMATS",
+    "AffineCodes",
+    "AffineLayout",
     "Codes",
     "ColumnwiseLayout",
     "DenseCodes",
@@ -32,6 +36,8 @@ __all__ = [
     "Format",
     "Layout",
     "Parts",
+    "ResidualCodes",
+    "ResidualLayout",
     "RotatedCodes",
     "RotatedLayout",
     "ScalarCodes",
@@ -50,7 +56,16 @@ __all__ = [
 ]
 
 Codes = (
-    DenseCodes | ScalarCodes | VectorCodes | ElementwiseCodes | TrellisCodes | TableCodes | ScaledCodes | RotatedCodes
+    DenseCodes
+    | ScalarCodes
+    | VectorCodes
+    | ElementwiseCodes
+    | TrellisCodes
+    | TableCodes
+    | ScaledCodes
+    | RotatedCodes
+    | AffineCodes
+    | ResidualCodes
 )
 """An encoded weight in any format."""
 
@@ -89,6 +104,8 @@ FORMATS: dict[str, Format] = {
         Format("table", TableLayout, table.pack, table.unpack, table.decode, TableLayout.from_json),
         Format("scaled", ScaledLayout, scaled.pack, scaled.unpack, scaled.decode, ScaledLayout.from_json),
         Format("rotated", RotatedLayout, rotated.pack, rotated.unpack, rotated.decode, RotatedLayout.from_json),
+        Format("affine", AffineLayout, affine.pack, affine.unpack, affine.decode, AffineLayout.from_json),
+        Format("residual", ResidualLayout, residual.pack, residual.unpack, residual.decode, ResidualLayout.from_json),
     )
 }
 

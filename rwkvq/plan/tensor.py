@@ -10,10 +10,12 @@ from typing import Any, TypedDict, TypeVar, cast, get_args
 from rwkvq.checkpoint.names import WeightClass
 from rwkvq.errors import PlanError
 from rwkvq.formats import (
+    AffineLayout,
     ColumnwiseLayout,
     DenseLayout,
     ElementwiseLayout,
     Layout,
+    ResidualLayout,
     ScalarLayout,
     TableLayout,
     TrellisLayout,
@@ -137,7 +139,8 @@ def layout_shape(layout: Layout) -> tuple[int, ...]:
         return layout.shape
     if isinstance(layout, ElementwiseLayout):
         return (layout.size,)
-    assert isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout | ColumnwiseLayout)
+    matrices = ScalarLayout | VectorLayout | TrellisLayout | TableLayout | ColumnwiseLayout | AffineLayout
+    assert isinstance(layout, matrices | ResidualLayout)
     return (layout.rows, layout.columns)
 
 

@@ -10,9 +10,11 @@ import torch
 from rwkvq.errors import PlanError, ShapeError
 from rwkvq.formats import (
     FORMATS,
+    AffineLayout,
     DenseLayout,
     ElementwiseLayout,
     Layout,
+    ResidualLayout,
     RotatedLayout,
     ScalarLayout,
     ScaledLayout,
@@ -35,6 +37,8 @@ LAYOUTS: list[Layout] = [
     TableLayout(6, 64, 3),
     ScaledLayout(ScalarLayout(6, 64, 3, 32, False)),
     RotatedLayout(ScalarLayout(6, 64, 3, 64, True)),
+    AffineLayout(6, 64, 3, 32),
+    ResidualLayout(8, 64, 4, 64, 8),
 ]
 
 
@@ -148,7 +152,7 @@ def test_missing_keys_and_unknown_formats_are_plan_errors() -> None:
         layout_from_json("scalar", {"rows": 1})
     with pytest.raises(PlanError, match="mapping"):
         layout_from_json("scalar", [1])  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="known: dense, scalar, vector, elementwise, trellis, table, scaled, rotated"):
+    with pytest.raises(PlanError, match="known: dense, scalar, .*, trellis, table, scaled, rotated, affine, residual"):
         layout_from_json("lattice", {})
 
 
