@@ -14,7 +14,6 @@ import torch
 
 from rwkvq.calibration.activations import estimate_cache_bytes
 from rwkvq.checkpoint.names import Weight, weights_of
-from rwkvq.formats import ColumnwiseLayout, ScalarLayout, TableLayout, TrellisLayout, VectorLayout
 from rwkvq.formats.trellis import RATES
 from rwkvq.plan.bits import Totals, totals
 from rwkvq.plan.candidates import CurvePoint, candidates_of, read_curves
@@ -37,6 +36,8 @@ _SECONDS_PER_WEIGHT = {
     "table": 5e-7,
     "awq": 8e-7,
     "rotation": 7e-7,
+    "hqq": 2e-7,
+    "residual": 2e-5,
 }
 """One-core seconds a weight of each method, measured on rwkv7-9m; the matrix products are counted apart."""
 
@@ -221,12 +222,7 @@ def _flops(run: Run, plan: Plan) -> _Flops:
     tokens = run.settings.windows.samples * run.settings.windows.length
     matrices = [entry for entry in plan.tensors if entry.weight_class in ("matrix", "lora")]
     forward = sum(entry.numel for entry in matrices)
-    layouts = [entry.layout for entry in matrices if entry.method in NEEDS_STATISTICS]
-    moments = sum(
-        layout.columns**2
-        for layout in layouts
-        if isinstance(layout, ScalarLayout | VectorLayout | TrellisLayout | TableLayout | ColumnwiseLayout)
-    )
+    moments = sum(entry.shape[-1] ** 2 for entry in matrices if entry.method in NEEDS_STATISTICS)
     return _Flops(float(tokens * forward), float(tokens * moments))
 
 

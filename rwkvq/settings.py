@@ -18,7 +18,7 @@ MAX_SHOWN = 200
 """Characters of a wrong value that a message repeats."""
 
 GapMode = Literal["raw", "distinct", "unique", "quantile"]
-Policy = Literal["rtn", "sq", "kmeans", "vq", "awq", "rotation", "rwkvquant", "budget"]
+Policy = Literal["rtn", "sq", "kmeans", "vq", "awq", "rotation", "hqq", "residual", "rwkvquant", "budget"]
 Preset = Literal["text", "camera", "official", "rwkvq"]
 DecisionMode = Literal["fixed", "percentile", "share", "maxrms"]
 ShareBy = Literal["count", "weights", "bits"]

@@ -16,11 +16,15 @@ from rwkvq.checkpoint.names import Weight, weights_of
 from rwkvq.checkpoint.reader import Checkpoint, WeightSource, open_checkpoint
 from rwkvq.checkpoint.spec import Version
 from rwkvq.formats import (
+    AffineCodes,
+    AffineLayout,
     Codes,
     DenseLayout,
     ElementwiseCodes,
     ElementwiseLayout,
     Layout,
+    ResidualCodes,
+    ResidualLayout,
     RotatedCodes,
     RotatedLayout,
     ScalarCodes,
@@ -125,6 +129,8 @@ def _choice(source: WeightSource, weight: Weight, turn: int) -> tuple[Layout, st
         (TableLayout(rows, columns, 2 + turn % 3), "table"),
         (ScaledLayout(ScalarLayout(rows, columns, 3, math.gcd(columns, 32), False)), "awq"),
         (RotatedLayout(ScalarLayout(rows, columns, 3, math.gcd(columns, 64), True)), "rotation"),
+        (AffineLayout(rows, columns, 3, math.gcd(columns, 64)), "hqq"),
+        (ResidualLayout(rows, columns, 4, 64, 8), "residual"),
         (DenseLayout(weight.shape, own), "keep"),
     ]
     return choices[turn % len(choices)]
@@ -184,6 +190,19 @@ def _codes(layout: Layout, key: str) -> Codes:
     if isinstance(layout, RotatedLayout):
         flips = scattered(f"{key}flips", 0, 2, (layout.columns,), torch.uint8)
         return RotatedCodes(layout, _scalar_codes(layout.inner, key), flips)
+    if isinstance(layout, AffineLayout):
+        codes = scattered(key, 0, 1 << layout.bits, (layout.rows, layout.columns), torch.uint8)
+        scale, offset = halves("scale", 1, 32, 2**-10), halves("zero", -64, 65, 2**-3)
+        assert scale is not None and offset is not None
+        return AffineCodes(layout, codes, scale, offset)
+    if isinstance(layout, ResidualLayout):
+        main = halves("codebook", -512, 513, 2**-8)
+        residual = halves("residual_codebook", -128, 129, 2**-9)
+        assert main is not None and residual is not None
+        places = (layout.row_groups, layout.columns)
+        found = scattered(key, 0, layout.entries, places, torch.int16)
+        others = scattered(f"{key}residual", 0, layout.residual_entries, places, torch.int16)
+        return ResidualCodes(layout, found, others, main, residual)
     if isinstance(layout, TableLayout):
         base = halves("base", 1, 32, 2**-10)
         assert base is not None

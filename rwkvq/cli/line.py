@@ -46,7 +46,7 @@ def quantize(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A method to compare with: rtn, sq, kmeans, vq, awq, rotation or rwkvquant [default: budget]."
+            help="To compare with: rtn, sq, kmeans, vq, awq, rotation, hqq, residual or rwkvquant [default: budget]."
         ),
     ] = None,
     preset: Annotated[

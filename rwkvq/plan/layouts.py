@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from rwkvq.checkpoint.names import Weight
 from rwkvq.errors import PlanError, ShapeError
 from rwkvq.formats import (
-    FORMATS,
-    ColumnwiseLayout,
+    AffineLayout,
     DenseLayout,
     ElementwiseLayout,
     Layout,
+    ResidualLayout,
+    RotatedLayout,
     ScalarLayout,
+    ScaledLayout,
     VectorLayout,
 )
 from rwkvq.formats.dense import DTYPES, DenseDtype
 from rwkvq.formats.vector import MAX_ENTRIES
-from rwkvq.plan.options import FORMAT_OF, Method
+from rwkvq.plan.options import Method
 from rwkvq.plan.presets import Resolved, VectorArm
 
 SMALLEST_GROUP = 16
 """A LoRA factor is not cut into groups of fewer columns: their scales would cost more than a bit per weight."""
+
+MAIN_BITS = 12
+"""The largest main codebook of policy `residual` has 4096 entries: larger ones take k-means too long."""
+
+RESIDUAL_SPARE = 0.27
+"""Bits a weight that policy `residual` may store beyond those of the settings, in codebooks or in longer codes: the
+quarter that the other methods spend on scales or codebooks, and what powers of two add to it at the usual widths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +72,6 @@ def scalar_layout(weight: Weight, settings: Resolved, bits: int) -> tuple[Scalar
     group = group_for(weight, settings.scalar.group_size, "quantize.scalar.group_size")
     rows, columns = weight.shape
     return ScalarLayout(rows, columns, bits, group.columns, settings.scalar.symmetric), group.remark
-
-
-def layout_of(method: Method, scalar: ScalarLayout) -> Layout:
-    """The layout of what `method` writes where its codes have the layout `scalar`."""
-    kind = FORMATS[FORMAT_OF[method]].layout
-    return kind(scalar) if issubclass(kind, ColumnwiseLayout) else scalar
 
 
 def vector_layout(weight: Weight, settings: Resolved) -> tuple[VectorLayout, str]:
@@ -110,6 +115,61 @@ def _svd_rank(arm: VectorArm, entries: int, groups: int) -> int | None:
     if arm.svd_fraction == 1.0:
         return None
     return max(1, min(groups, round(arm.svd_fraction * entries)))
+
+
+def affine_layout(weight: Weight, settings: Resolved) -> tuple[AffineLayout, str]:
+    """The layout of policy `hqq` for a matrix or LoRA factor, and a remark. Raises PlanError.
+
+    Groups of 128 do not divide a width of an odd number of heads of 64: such a matrix takes groups of half the size.
+    """
+    rows, columns = weight.shape
+    wanted = settings.scalar.group_size
+    if weight.weight_class == "matrix" and columns % wanted and columns % max(wanted // 2, 1) == 0:
+        remark = f"groups of {wanted // 2}, because {wanted} does not divide {columns} columns"
+        return AffineLayout(rows, columns, settings.bits, wanted // 2), remark
+    group = group_for(weight, wanted, "quantize.scalar.group_size")
+    return AffineLayout(rows, columns, settings.bits, group.columns), group.remark
+
+
+def residual_layout(weight: Weight, settings: Resolved) -> tuple[ResidualLayout, str]:
+    """The layout of policy `residual` for a matrix or LoRA factor, and a remark. Raises PlanError if none fits.
+
+    Of all pairs of codebooks that, with their codes, store at most RESIDUAL_SPARE bits a weight more than the settings
+    say: the one with most bits of codes a weight, then the longest vectors, then the largest main codebook. Small
+    weights so get shorter vectors and smaller codebooks.
+    """
+    rows, columns = weight.shape
+    limit = (settings.bits + RESIDUAL_SPARE) * rows * columns
+    dimensions = [d for d in (4, 2, 1) if d <= settings.vector.dimension and rows % d == 0]
+    pairs = [(main, other) for main in range(1, MAIN_BITS + 1) for other in range(1, main + 1)]
+    layouts = [ResidualLayout(rows, columns, d, 1 << main, 1 << other) for d in dimensions for main, other in pairs]
+    fitting = [layout for layout in layouts if layout.stored_bits() <= limit]
+    if not fitting:
+        raise PlanError(
+            f"{weight.name}: no two codebooks fit its {rows * columns} weights in {settings.bits} bits each; "
+            "raise quantize.bits, or set plan.lora to fp16"
+        )
+    best = max(fitting, key=lambda layout: (layout.nominal_bits(), layout.dimension, layout.entries))
+    sizes = f"{best.entries} + {best.residual_entries} entries of {best.dimension} weights"
+    return best, sizes
+
+
+def _columnwise(kind: type[ScaledLayout | RotatedLayout], weight: Weight, settings: Resolved) -> tuple[Layout, str]:
+    scalar, remark = scalar_layout(weight, settings, settings.bits)
+    return kind(scalar), remark
+
+
+LAYOUT_OF: Mapping[Method, Callable[[Weight, Resolved], tuple[Layout, str]]] = {
+    "rtn": lambda weight, settings: scalar_layout(weight, settings, settings.bits),
+    "gptq": lambda weight, settings: scalar_layout(weight, settings, settings.bits),
+    "awq": partial(_columnwise, ScaledLayout),
+    "rotation": partial(_columnwise, RotatedLayout),
+    "kmeans": vector_layout,
+    "gptvq": vector_layout,
+    "hqq": affine_layout,
+    "residual": residual_layout,
+}
+"""For each method of a policy's arm: the layout of a matrix or LoRA factor, and a remark."""
 
 
 def row_layout(weight: Weight) -> ScalarLayout:

@@ -8,7 +8,20 @@ from typing import Any, Literal, cast
 
 from rwkvq.errors import PlanError
 
-Method = Literal["keep", "rtn", "gptq", "kmeans", "gptvq", "elementwise", "trellis", "table", "awq", "rotation"]
+Method = Literal[
+    "keep",
+    "rtn",
+    "gptq",
+    "kmeans",
+    "gptvq",
+    "elementwise",
+    "trellis",
+    "table",
+    "awq",
+    "rotation",
+    "hqq",
+    "residual",
+]
 
 FORMAT_OF: Mapping[Method, str] = {
     "keep": "dense",
@@ -21,6 +34,8 @@ FORMAT_OF: Mapping[Method, str] = {
     "table": "table",
     "awq": "scaled",
     "rotation": "rotated",
+    "hqq": "affine",
+    "residual": "residual",
 }
 """The one format that each method writes."""
 
@@ -81,6 +96,8 @@ OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
     "table": _GUIDED,
     "awq": {"clip_search": _FLAG},
     "rotation": _GPTQ,
+    "hqq": {},
+    "residual": {"iterations": _ITERATIONS, "damping": _DAMPING},
 }
 """Options of each method: a range, or the accepted values."""
 

@@ -31,6 +31,8 @@ ARM_OF: Mapping[Policy, tuple[Arm, Method]] = {
     "vq": ("vq", "gptvq"),
     "awq": ("sq", "awq"),
     "rotation": ("sq", "rotation"),
+    "hqq": ("sq", "hqq"),
+    "residual": ("vq", "residual"),
 }
 """The arm and method of every matrix under the policies that decide nothing."""
 
@@ -237,12 +239,7 @@ def _choose_fixed(weight: Weight, dtype: torch.dtype, settings: Resolved) -> _Ch
 def _choose_arm(weight: Weight, settings: Resolved, verdict: Verdict) -> _Choice:
     arm = verdict.arms[weight.name]
     method = METHOD_OF[arm] if settings.policy == "rwkvquant" else ARM_OF[settings.policy][1]
-    layout: Layout
-    if arm == "sq":
-        scalar, remark = layouts.scalar_layout(weight, settings, settings.bits)
-        layout = layouts.layout_of(method, scalar)
-    else:
-        layout, remark = layouts.vector_layout(weight, settings)
+    layout, remark = layouts.LAYOUT_OF[method](weight, settings)
     return _Choice(layout, method, _joined(verdict.reasons[weight.name], remark))
 
 
@@ -290,5 +287,7 @@ def method_options(method: Method, weight: Weight, settings: Resolved, guide: fl
         "table": {"guide": guide, "row_weights": True, "damping": settings.damping},
         "awq": {"clip_search": clip_search},
         "rotation": gptq,
+        "hqq": {},
+        "residual": {"iterations": vector.iterations, "damping": settings.damping},
     }
     return options[method]

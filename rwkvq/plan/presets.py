@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from rwkvq.errors import SettingsError
@@ -25,6 +25,10 @@ _Value = TypeVar("_Value")
 
 PRESET_BITS = 3
 """Bits that the presets' groups are made for."""
+HQQ_GROUP = 128
+"""Scale and zero point of policy `hqq` take 32 bits: a quarter of a bit a weight."""
+RESIDUAL_DIMENSION = 4
+"""Weights that share a code of policy `residual`, where the weight is large enough for its codebooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,13 +237,14 @@ def _resolve_vector(settings: VectorSettings, default: VectorArm, bits: int) -> 
 def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
     """Fill every value that the settings leave open from the preset.
 
-    The policies rtn, sq, kmeans, vq, awq and rotation are baselines: they take what is open from preset `rwkvq`
-    whatever the preset, so that they mean the same beside every preset, but no sweeps; rtn alone rounds to the plain
-    minimum and maximum unless clip_search is set. Policy budget takes one sweep. Raises SettingsError for values that
-    contradict each other.
+    The policies that decide nothing are baselines: they take what is open from preset `rwkvq` whatever the preset, so
+    that they mean the same beside every preset, but no sweeps; rtn alone rounds to the plain minimum and maximum unless
+    clip_search is set, hqq has groups of HQQ_GROUP and residual vectors of RESIDUAL_DIMENSION. Policy budget takes one
+    sweep. Raises SettingsError for values that contradict each other.
     """
     preset: Preset = plan.preset if plan.policy == "rwkvquant" else "rwkvq"
     default = PRESETS[preset]
+    arm = default.vector if plan.policy != "residual" else replace(default.vector, dimension=RESIDUAL_DIMENSION)
     scalar, elementwise = quantize.scalar, quantize.elementwise
     return Resolved(
         policy=plan.policy,
@@ -249,13 +254,13 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
         damping=quantize.damping,
         decision=_resolve_decision(plan.decision, default.decision),
         scalar=ScalarArm(
-            group_size=_or(scalar.group_size, default.scalar.group_size),
+            group_size=_or(scalar.group_size, HQQ_GROUP if plan.policy == "hqq" else default.scalar.group_size),
             symmetric=_or(scalar.symmetric, default.scalar.symmetric),
             clip_search=_or(scalar.clip_search, default.scalar.clip_search and plan.policy != "rtn"),
             static_groups=scalar.static_groups,
             act_order=scalar.act_order,
         ),
-        vector=_resolve_vector(quantize.vector, default.vector, quantize.bits),
+        vector=_resolve_vector(quantize.vector, arm, quantize.bits),
         elementwise=ElementwiseArm(
             format=_or(plan.elementwise, default.elementwise.format),
             weight=_or(elementwise.weight, default.elementwise.weight),

@@ -22,11 +22,20 @@ from rwkvq.checkpoint.reader import WeightSource, open_checkpoint
 from rwkvq.device import CPU, map_on, working_on
 from rwkvq.errors import ActivationError, QuantizationError
 from rwkvq.files import canonical_json, code_version, sha256_of_bytes, sha256_of_file
-from rwkvq.formats import FORMATS, ElementwiseLayout, ScalarLayout, TableLayout, TrellisLayout, VectorLayout
-from rwkvq.formats.rotated import RotatedLayout
-from rwkvq.formats.scaled import ScaledLayout
+from rwkvq.formats import (
+    FORMATS,
+    AffineLayout,
+    ElementwiseLayout,
+    ResidualLayout,
+    RotatedLayout,
+    ScalarLayout,
+    ScaledLayout,
+    TableLayout,
+    TrellisLayout,
+    VectorLayout,
+)
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.quantize import awq, elementwise, gptq, gptvq, kmeans, rotation, rtn, tables, trellis
+from rwkvq.quantize import awq, elementwise, gptq, gptvq, hqq, kmeans, residual, rotation, rtn, tables, trellis
 from rwkvq.quantize.hessian import FLOAT64_COLUMNS, row_chunks
 from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, collect_inputs
 from rwkvq.quantize.results import TensorError, read_done, tensor_path, write_result
@@ -48,7 +57,7 @@ CODE = (
 )
 """The sources that decide the bytes of a quantized tensor."""
 
-NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table", "awq", "rotation"}
+NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table", "awq", "rotation", "residual"}
 NEEDS_GRADIENTS = {"trellis", "table"}
 ON_GPU = {"trellis"}
 """Methods that run where the statistics are; the others take them to the processor."""
@@ -234,6 +243,12 @@ def _encode(
     if entry.method == "table":
         assert isinstance(layout, TableLayout) and second_moment is not None and fisher is not None
         return tables.quantize(matrix, second_moment, layout, tables.TableOptions.from_json(options), fisher)
+    if entry.method == "hqq":
+        assert isinstance(layout, AffineLayout)
+        return hqq.quantize(matrix, layout)
+    if entry.method == "residual":
+        assert isinstance(layout, ResidualLayout) and second_moment is not None
+        return residual.quantize(matrix, second_moment, layout, residual.ResidualOptions.from_json(options))
     assert isinstance(layout, VectorLayout)
     if entry.method == "kmeans":
         return kmeans.quantize(matrix, layout, iterations=options["iterations"])

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from rwkvq.errors import QuantizationError, ShapeError
+from rwkvq.formats.affine import AffineLayout
+from rwkvq.formats.residual import ResidualLayout
 from rwkvq.formats.scalar import ScalarCodes, ScalarLayout
 from rwkvq.quantize.grid import find_grid, round_to
 from rwkvq.quantize.hessian import row_chunks
 from rwkvq.tensors import is_finite
 
 
-def check_shape(weight: Tensor, layout: ScalarLayout) -> None:
+def check_shape(weight: Tensor, layout: ScalarLayout | AffineLayout | ResidualLayout) -> None:
     """Raise ShapeError unless weight is [layout.rows, layout.columns]."""
     if tuple(weight.shape) != (layout.rows, layout.columns):
         found, expected = list(weight.shape), [layout.rows, layout.columns]

@@ -39,7 +39,7 @@ from rwkvq.settings import GapMode
 
 Values = dict[str, Any]
 
-ARMS: Mapping[str, Arm] = {"scalar": "sq", "vector": "vq"}
+ARMS: Mapping[str, Arm] = {"scalar": "sq", "vector": "vq", "affine": "sq", "residual": "vq"}
 """The arm a matrix went to, by its format."""
 STAGE_ORDER = ("windows", "activations", "proxies", "gradients", "curves", "plan", "quantize", "pack", "evaluate")
 """Stages with a wall time; the report's own is not known while it is written."""

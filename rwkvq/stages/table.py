@@ -170,7 +170,7 @@ STAGES: dict[str, Stage] = {
 def stages_of(run: Run) -> list[str]:
     """The stages this run needs, in order: a policy without statistics needs no windows' activations."""
     policy = run.settings.plan.policy
-    without = {"activations"} if policy in ("rtn", "kmeans") and not _codebooks(run) else set()
+    without = {"activations"} if policy in ("rtn", "kmeans", "hqq") and not _codebooks(run) else set()
     if policy != "budget":
         without |= {"gradients", "curves"}
     return [name for name in STAGES if name not in without]

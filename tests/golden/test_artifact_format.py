@@ -142,6 +142,25 @@ def decode_rotated(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
     return turned.reshape(-1, columns) * (1 - 2 * bit_stream(parts["flips"], 1, columns)).astype(np.float32)
 
 
+def decode_affine(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
+    rows, columns, group = (layout[key] for key in ("rows", "columns", "group_size"))
+    codes = bit_stream(parts["codes"], layout["bits"], rows * columns).reshape(rows, columns // group, group)
+    scale, zero = (parts[name].astype(np.float32)[..., None] for name in ("scale", "zero"))
+    return ((codes.astype(np.float32) - zero) * scale).reshape(rows, columns)
+
+
+def decode_residual(parts: dict[str, Array], layout: dict[str, Any]) -> Array:
+    rows, columns, dimension = (layout[key] for key in ("rows", "columns", "dimension"))
+    decoded = np.zeros((rows, columns), np.float32)
+    for prefix, entries in (("", layout["entries"]), ("residual_", layout["residual_entries"])):
+        bits = entries.bit_length() - 1
+        codes = bit_stream(parts[f"{prefix}codes"], bits, rows // dimension * columns).reshape(-1, columns)
+        for place, column in np.ndindex(codes.shape):
+            vector = parts[f"{prefix}codebook"][codes[place, column]].astype(np.float32)
+            decoded[place * dimension : (place + 1) * dimension, column] += vector
+    return decoded
+
+
 DECODERS = {
     "scalar": decode_scalar,
     "vector": decode_vector,
@@ -150,6 +169,8 @@ DECODERS = {
     "table": decode_table,
     "scaled": decode_scaled,
     "rotated": decode_rotated,
+    "affine": decode_affine,
+    "residual": decode_residual,
 }
 
 

@@ -128,7 +128,7 @@ def test_evaluation_text_that_was_calibrated_on_is_refused(tmp_path: Path) -> No
         stages.run_line(Run(settings_of(values)))
 
 
-@pytest.mark.parametrize("policy", ["rtn", "kmeans"])
+@pytest.mark.parametrize("policy", ["rtn", "kmeans", "hqq"])
 def test_policies_without_statistics_need_no_activations(tmp_path: Path, policy: str) -> None:
     run = Run(settings_of(write_inputs(tmp_path), f"plan.policy={policy}"))
     results = stages.run_line(run)
@@ -149,6 +149,15 @@ def test_scaled_and_rotated_models_run_and_verify(tmp_path: Path, version: Versi
     assert verify(run.artifact).stored_bits == totals(artifact.plan).total_stored_bits
     models = json.loads((run.evaluation / "evaluation.json").read_text())["models"]
     assert 0 < models["quantized"]["kl"] < models["rtn"]["kl"]
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_residual_codebooks_go_the_whole_line(tmp_path: Path, version: Version) -> None:
+    run = Run(settings_of(write_inputs(tmp_path, version), "plan.policy=residual"))
+    assert "activations" in [result.stage for result in stages.run_line(run)]
+    assert verify(run.artifact).stored_bits == totals(open_artifact(run.artifact).plan).total_stored_bits
+    figures = json.loads((run.evaluation / "evaluation.json").read_text())["models"]
+    assert figures["quantized"]["kl"] < figures["rtn"]["kl"]
 
 
 @pytest.mark.parametrize("preset", ["text", "camera", "official"])

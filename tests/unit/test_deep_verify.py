@@ -110,7 +110,7 @@ def test_what_is_proved_is_reported(case: Case) -> None:
     assert 8 * report.bytes == entry.stored_bits and report.parts == len(entry.layout.parts())
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptvq", "kmeans", "elementwise"])
+@pytest.mark.parametrize("method", ["gptq", "gptvq", "kmeans", "elementwise", "hqq", "residual"])
 def test_codes_that_the_method_does_not_give_are_named(case: Case, method: str) -> None:
     name = first(case[0], method).name
     assert f"{name}: part " in (message := refusal(case, tensor=name))

@@ -152,7 +152,7 @@ def test_missing_keys_and_unknown_formats_are_plan_errors() -> None:
         layout_from_json("scalar", {"rows": 1})
     with pytest.raises(PlanError, match="mapping"):
         layout_from_json("scalar", [1])  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="known: dense, scalar, .*, trellis, table, scaled, rotated, affine, residual"):
+    with pytest.raises(PlanError, match=r"known: dense, scalar, .*, trellis, table, scaled, rotated, affine, residual"):
         layout_from_json("lattice", {})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from rwkvq.checkpoint.names import Weight
 from rwkvq.errors import PlanError
-from rwkvq.formats import DenseLayout, ElementwiseLayout, ScalarLayout, VectorLayout
+from rwkvq.formats import AffineLayout, DenseLayout, ElementwiseLayout, ResidualLayout, ScalarLayout, VectorLayout
 from rwkvq.plan import layouts
 from rwkvq.plan.presets import Resolved, resolve_preset
 from rwkvq.settings import PlanSettings, QuantizeSettings, ScalarSettings, VectorSettings
@@ -88,6 +88,63 @@ def test_stored_bits_by_hand() -> None:
     assert layouts.scalar_layout(matrix, symmetric, 3)[0].stored_bits() == numel * 3.25
     assert layouts.vector_layout(matrix, resolved())[0].stored_bits() == numel * (3 + 0.25 + 16 / 4096)
     assert layouts.vector_layout(matrix, resolved("text"))[0].stored_bits() == numel * (3 + 0.5 + 16 / 2048)
+
+
+def baseline(policy: str, **quantize: Any) -> Resolved:
+    return resolve_preset(PlanSettings(policy=policy), QuantizeSettings(**quantize))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("weight_class", "columns", "group", "remark"),
+    [
+        ("matrix", 256, 128, ""),
+        ("matrix", 192, 64, "groups of 64, because 128 does not divide 192 columns"),
+        ("lora", 64, 64, "groups of 64, because 128 does not divide 64 columns"),
+        ("lora", 480, 32, "groups of 32, because 128 does not divide 480 columns"),
+    ],
+)
+def test_hqq_takes_groups_of_128_where_they_divide(weight_class: str, columns: int, group: int, remark: str) -> None:
+    found = layouts.affine_layout(weight(weight_class, 64, columns), baseline("hqq"))
+    assert found == (AffineLayout(64, columns, 3, group), remark)
+
+
+def test_hqq_takes_the_group_that_is_set() -> None:
+    found, _ = layouts.affine_layout(weight("matrix", 64, 256), baseline("hqq", scalar=ScalarSettings(group_size=32)))
+    assert found == AffineLayout(64, 256, 3, 32)
+    with pytest.raises(PlanError, match=r"group_size 100 does not divide its 256 columns"):
+        layouts.affine_layout(weight("matrix", 64, 256), baseline("hqq", scalar=ScalarSettings(group_size=100)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((256, 32), (2, 32, 2)),
+        ((32, 256), (2, 32, 2)),
+        ((256, 256), (4, 256, 16)),
+        ((1024, 256), (4, 1024, 4)),
+        ((2048, 2048), (4, 1024, 8)),
+        ((4096, 4096), (4, 4096, 2)),
+        ((255, 1024), (1, 4, 2)),
+    ],
+)
+def test_residual_codebooks_fit_the_size_of_the_weight(shape: tuple[int, int], sizes: tuple[int, int, int]) -> None:
+    layout, remark = layouts.residual_layout(weight("lora", *shape), baseline("residual"))
+    assert layout == ResidualLayout(*shape, *sizes)
+    assert remark == f"{sizes[1]} + {sizes[2]} entries of {sizes[0]} weights"
+    assert 3 <= layout.stored_bits() / (shape[0] * shape[1]) <= 3.27
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_residual_codebooks_keep_to_the_bits(bits: int) -> None:
+    layout, _ = layouts.residual_layout(weight("matrix", 256, 256), baseline("residual", bits=bits))
+    assert bits <= layout.stored_bits() / 256**2 <= bits + 0.27
+    short = baseline("residual", bits=bits, vector=VectorSettings(dimension=1))
+    assert layouts.residual_layout(weight("matrix", 256, 256), short)[0].dimension == 1
+
+
+def test_weights_that_are_smaller_than_their_codebooks_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"blocks.0.x: no two codebooks fit its 32 weights in 3 bits each"):
+        layouts.residual_layout(weight("lora", 4, 8), baseline("residual"))
 
 
 def test_oversized_codebooks_are_refused() -> None:

@@ -32,7 +32,7 @@ from tests.packed import codes_of
 from tests.tiny import tiny_tensors, write_tensors, write_tiny
 
 VERSIONS = ("x060", "x070")
-POLICIES = ("rtn", "sq", "kmeans", "vq", "awq", "rotation", "rwkvquant")
+POLICIES = ("rtn", "sq", "kmeans", "vq", "awq", "rotation", "hqq", "residual", "rwkvquant")
 PRESETS = ("text", "camera", "official", "rwkvq")
 
 Model = tuple[Checkpoint, list[Row]]
@@ -76,8 +76,8 @@ def test_every_weight_is_planned_once(models: dict[str, Model], version: str, po
     )
     assert plan.dropped == source.unused
     methods = {entry.method for entry in decided(plan)}
-    alone = {"rtn": "rtn", "sq": "gptq", "kmeans": "kmeans", "vq": "gptvq", "awq": "awq", "rotation": "rotation"}
-    assert methods == ({alone[policy]} if policy in alone else {"gptq", "gptvq"})
+    of_policy = {"rwkvquant": {"gptq", "gptvq"}, "sq": {"gptq"}, "vq": {"gptvq"}}
+    assert methods == of_policy.get(policy, {policy})  # the other baselines are named as their methods
     for entry in plan.tensors:
         assert entry.layout.format == FORMAT_OF[entry.method]
         assert entry.reason

@@ -89,7 +89,7 @@ def test_values_of_two_modes_without_a_mode_are_refused() -> None:
         resolve_preset(plan, QuantizeSettings())
 
 
-@pytest.mark.parametrize("policy", ["rtn", "sq", "kmeans", "vq", "awq", "rotation"])
+@pytest.mark.parametrize("policy", ["rtn", "sq", "kmeans", "vq", "awq", "rotation", "hqq", "residual"])
 def test_baselines_do_not_depend_on_the_preset(policy: str) -> None:
     found = resolve_preset(PlanSettings(policy=policy, preset="official"), QuantizeSettings())  # type: ignore[arg-type]
     assert found == resolve_preset(PlanSettings(policy=policy), QuantizeSettings())  # type: ignore[arg-type]
