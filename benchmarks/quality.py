@@ -53,6 +53,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "k-means, 1-D l 256": ("plan.policy=kmeans", *VECTOR_1D),
     "GPTVQ, 1-D l 256": ("plan.policy=vq", *VECTOR_1D),
     "GPTVQ, 2-D l 4096": ("plan.policy=vq", *VECTOR_2D),
+    "HQQ g128": ("plan.policy=hqq",),
+    "VPTQ-style, d 4 + residual": ("plan.policy=residual",),
     "RWKVQuant, preset text": ("plan.policy=rwkvquant", "plan.preset=text"),
     "RWKVQuant, preset camera": ("plan.policy=rwkvquant", "plan.preset=camera"),
     "RWKVQuant, preset official": ("plan.policy=rwkvquant", "plan.preset=official"),
