@@ -198,6 +198,23 @@ class QuantizeSettings(Section):
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 
 
+DISTILL_STEPS = 64
+"""Steps of `rwkvq quantize --distill`."""
+
+
+class DistillSettings(Section):
+    """Training of the vectors that stay in floating point, after everything else is quantized. Off unless steps > 0."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at most; 0 = no such stage."""
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.003
+    """Of the first steps, as a fraction of each tensor's root mean square; falls to 0 along a cosine."""
+    batch: PositiveInt = 4
+    """Calibration windows a step."""
+    patience: PositiveInt = 4
+    """Looks at the held-out windows, eight steps apart, without a better value before training ends."""
+
+
 class RunSettings(Section):
     """Where and how work runs. Changes nothing in any result, but for `threads` and `device`."""
 
@@ -255,6 +272,7 @@ class Settings(Section):
     curves: CurvesSettings = CurvesSettings()
     plan: PlanSettings = PlanSettings()
     quantize: QuantizeSettings = QuantizeSettings()
+    distill: DistillSettings = DistillSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     run: RunSettings = RunSettings()
 

@@ -20,6 +20,7 @@ ORDER = [
     {"quantize"},
     {"engine", "transfer"},
     {"evaluation"},
+    {"distill"},
     {"report"},
     {"stages"},
     {"deep_verify", "dry_run", "publish"},

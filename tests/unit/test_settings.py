@@ -93,3 +93,10 @@ def test_act_order_needs_static_groups() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         Settings().seed = 1  # type: ignore[misc]
+
+
+def test_distillation_is_off_unless_steps_are_asked_for() -> None:
+    assert parse({}, "x").distill.steps == load(ROOT / "params.yaml").distill.steps == 0
+    for wrong in ({"steps": -1}, {"learning_rate": 0.0}, {"batch": 0}, {"patience": 0}):
+        with pytest.raises(SettingsError, match=f"distill.{next(iter(wrong))}"):
+            parse({"distill": wrong}, "x")
