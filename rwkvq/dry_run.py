@@ -130,7 +130,7 @@ def dry_run(run: Run, rows: Sequence[table.Row] | None = None) -> Preview:
             why = "an earlier stage runs"
         upstream = upstream or why is not None
         stages.append((name, seconds if why else 0.0, why or "up to date"))
-    peak, disk = _peak_bytes(run), _disk_bytes(run, plan)
+    peak, disk = max(_peak_bytes(run), _distill_bytes(run, plan)), _disk_bytes(run, plan)
     return Preview(plan, totals(plan), tuple(stages), full, run.workers, peak, disk)
 
 
@@ -240,6 +240,11 @@ def _seconds(run: Run, plan: Plan, stage: str, flops: _Flops, rate: float) -> fl
     if stage == "quantize":
         methods = sum(entry.numel * _SECONDS_PER_WEIGHT.get(entry.method, 0.0) for entry in plan.tensors)
         return (2 * flops.forward / rate + flops.moments / rate + methods) / run.workers
+    if stage == "distill":
+        tokens = run.settings.distill.steps * run.settings.distill.batch * run.settings.windows.length
+        body = flops.forward / (run.settings.windows.samples * run.settings.windows.length)
+        head = run.checkpoint.spec.vocab * run.checkpoint.spec.width
+        return tokens * 2 * (4 * body + 3 * head) / (rate * run.workers)  # forward twice, backward; two models' logits
     if stage == "evaluate":
         settings = run.settings.evaluate
         spec = run.checkpoint.spec
@@ -259,6 +264,15 @@ def _peak_bytes(run: Run) -> float:
     moments = 8.0 * (9 * spec.width**2 + spec.ffn**2)
     batch = 4.0 * settings.activations.batch * settings.windows.length * (20 * spec.width + 2 * spec.ffn)
     return (1 + run.workers) * (_PROCESS_BYTES + block + batch) + run.workers * moments
+
+
+def _distill_bytes(run: Run, plan: Plan) -> float:
+    """The quantized model and the float head in float32, and what the float model says of every window; 0 without."""
+    settings, spec = run.settings, run.checkpoint.spec
+    windows = min(settings.distill.steps * settings.distill.batch, settings.windows.samples) + settings.windows.held_out
+    weights = sum(entry.numel for entry in plan.tensors) + spec.vocab * spec.width
+    states = 2 * windows * settings.windows.length * spec.width
+    return _PROCESS_BYTES + 4.0 * (weights + states) if settings.distill.steps else 0.0
 
 
 def _disk_bytes(run: Run, plan: Plan) -> float:

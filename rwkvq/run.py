@@ -81,6 +81,16 @@ class Run:
         return self.folder / "quantized"
 
     @property
+    def distilled(self) -> Path:
+        """Output of stage `distill`: the vectors."""
+        return self.folder / "distilled.safetensors"
+
+    @property
+    def distillation(self) -> Path:
+        """Output of stage `distill`: its curve."""
+        return self.folder / "distillation.json"
+
+    @property
     def artifact(self) -> Path:
         """Output folder of stage `pack`."""
         return self.folder / "artifact"

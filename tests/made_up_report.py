@@ -199,6 +199,7 @@ def report(layers: int = 6, width: int = 256) -> ReportData:
             Disjointness("lambada_dev.jsonl", 21_344, 0, 32),
         ),
         budget=None,
+        distillation=None,
         proxies=plane(rows),
         tensors=rows,
         stages=tuple(StageTime(name, seconds, name == "windows") for name, seconds in stages),

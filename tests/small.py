@@ -13,7 +13,7 @@ from rwkvq.settings import Settings, apply_overrides, parse
 from rwkvq.stages import STAGES
 from tests.tiny import write_byte_vocabulary, write_tiny
 
-LINE = tuple(name for name in STAGES if name not in ("gradients", "curves"))
+LINE = tuple(name for name in STAGES if name not in ("gradients", "curves", "distill"))
 """The stages of policy rwkvquant, which write_inputs asks for."""
 
 WORDS = [
@@ -72,6 +72,7 @@ def write_inputs(folder: Path, version: Version = "x070", suffix: str = ".pth", 
         "gradients": {"windows": 4},
         "curves": {"state_bits": 8, "guide": 0.5, "sample": 1024},
         "plan": {"policy": "rwkvquant"},
+        "distill": {"steps": 0},
         "evaluate": {
             "text": str(folder / "validation.txt"),
             "lambada": str(folder / "lambada.jsonl"),

@@ -24,7 +24,7 @@ from rwkvq.artifact.layout import (
 )
 from rwkvq.artifact.quantization import quantization_json
 from rwkvq.artifact.sums import write_sums
-from rwkvq.checkpoint.names import Weight, extract, weights_of
+from rwkvq.checkpoint.names import extract, weights_of
 from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.writer import write_safetensors
 from rwkvq.errors import ArtifactError, OutputError, QuantizationError, TokenizerError
@@ -38,7 +38,7 @@ Quantized = Callable[[PlannedTensor], Mapping[str, Tensor]]
 
 _CODE = tuple(
     f"rwkvq.{name}"
-    for name in ("checkpoint", "formats", "models", "proxies", "calibration", "plan", "quantize", "artifact")
+    for name in ("checkpoint", "formats", "models", "proxies", "calibration", "plan", "quantize", "distill", "artifact")
 )
 _LIBRARIES = ("numpy", "pyarrow", "safetensors", "tokenizers", "torch")
 
@@ -53,22 +53,24 @@ def write_artifact(
     tokenizer: Path | None,
     provenance: Mapping[str, Any],
     overwrite: bool,
+    distilled: Mapping[str, Tensor] | None = None,
     on_tensor: Progress = no_progress,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the folder `out`; it appears under that name only when it is complete.
 
-    Kept weights come from `source`, all others from `quantized`; one weight is in memory at a time. errors: figures by
-    weight name, written beside the plan's rows. provenance is written as given. shard_bytes: size of a weight file at
-    most. Raises PlanError for a plan of another model, QuantizationError for parts that do not fit the plan or values
-    that are not finite, TokenizerError, and OutputError if `out` cannot be written or must not be replaced.
+    Kept weights come from `distilled` where their name is in it, else from `source`, all others from `quantized`; one
+    weight is in memory at a time. errors: figures by weight name, written beside the plan's rows. provenance is written
+    as given. shard_bytes: size of a weight file at most. Raises PlanError for a plan of another model,
+    QuantizationError for parts that do not fit the plan or values that are not finite, TokenizerError, and OutputError
+    if `out` cannot be written or must not be replaced.
     """
     plan.check_model(source)
     check_replaceable(out)
     tokenizer_name = None if tokenizer is None else _tokenizer_name(tokenizer)
     with atomic_folder(out, overwrite=overwrite) as folder:
         shards = shards_of(plan.tensors, shard_bytes)
-        stream = _PartStream(source, quantized, on_tensor, len(plan.tensors))
+        stream = _PartStream(source, quantized, distilled or {}, on_tensor, len(plan.tensors))
         for name, members in shards:
             entries = [entry for planned in members for entry in entries_of(planned)]
             write_safetensors(folder / name, entries, stream.parts_of(members), {"format": FORMAT})
@@ -91,11 +93,19 @@ def software_versions() -> dict[str, Any]:
 class _PartStream:
     """Yields the stored tensors of weights in order, and reports each weight when all its parts have been taken."""
 
-    def __init__(self, source: WeightSource, quantized: Quantized, on_tensor: Progress, total: int) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        quantized: Quantized,
+        distilled: Mapping[str, Tensor],
+        on_tensor: Progress,
+        total: int,
+    ) -> None:
         shapes = {name: source.shape(name) for name in source.names()}
         self._source = source
         self._weights = {weight.name: weight for weight in weights_of(source.spec, shapes)}
         self._quantized = quantized
+        self._distilled = distilled
         self._on_tensor = on_tensor
         self._total = total
         self._done = 0
@@ -111,7 +121,10 @@ class _PartStream:
 
     def _parts(self, planned: PlannedTensor) -> Mapping[str, Tensor]:
         if planned.method == "keep":
-            return _kept(self._source, self._weights[planned.name], planned)
+            if planned.name in self._distilled:
+                return _dense(self._distilled[planned.name], planned, "distilled")
+            weight = extract(self._source.tensor(planned.tensor), self._weights[planned.name])
+            return _dense(weight, planned, str(self._source.path))
         parts = self._quantized(planned)
         try:
             check_parts(parts, planned.layout)
@@ -120,12 +133,12 @@ class _PartStream:
         return parts
 
 
-def _kept(source: WeightSource, weight: Weight, planned: PlannedTensor) -> dict[str, Tensor]:
+def _dense(weight: Tensor, planned: PlannedTensor, where: str) -> dict[str, Tensor]:
     assert isinstance(planned.layout, DenseLayout), planned.layout
     try:
-        return pack_codes(dense.encode(extract(source.tensor(weight.tensor), weight), planned.layout))
+        return pack_codes(dense.encode(weight, planned.layout))
     except QuantizationError as error:
-        raise QuantizationError(f"{source.path}: {planned.name}: {error}") from error
+        raise QuantizationError(f"{where}: {planned.name}: {error}") from error
 
 
 def check_replaceable(out: Path) -> None:

@@ -145,6 +145,8 @@ def _show_report(report: VerifyReport) -> None:
 
 def _show_proof(proof: DeepReport) -> None:
     console.print(f"[green]✓[/] {proof.kept} kept weights have the checkpoint's bytes")
+    if proof.distilled:
+        console.print(f"[green]✓[/] {proof.distilled} distilled vectors have the bytes that distillation gives again")
     if proof.tensor is None:
         console.print("[green]✓[/] no weight is quantized, so none had to be quantized again")
     else:

@@ -11,7 +11,7 @@ from rwkvq.cli.display import console, print_json, stage_bars, table
 from rwkvq.cli.display import size as size_text
 from rwkvq.errors import OutputError
 from rwkvq.files import recover_folder, remove_leftovers, run_lock
-from rwkvq.settings import Settings, apply_overrides, load, parse
+from rwkvq.settings import DISTILL_STEPS, Settings, apply_overrides, load, parse
 
 if TYPE_CHECKING:
     from rwkvq.run import Run
@@ -52,6 +52,12 @@ def quantize(
     preset: Annotated[
         str | None, typer.Option(help="text, camera, official or rwkvq: a preset of policy rwkvquant.")
     ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill", help="Train the vectors that stay in floating point, codes frozen; stores no bit more."
+        ),
+    ] = False,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of making one.")] = None,
     evaluate_text: Annotated[
         Path | None, typer.Option("--evaluate", help="Text to measure perplexity and KL on.")
@@ -82,6 +88,7 @@ def quantize(
             "text": str(evaluate_text) if evaluate_text else None,
             "lambada": str(lambada) if lambada else None,
         },
+        "distill": {"steps": DISTILL_STEPS if distill else 0},
         "run": {"workers": workers},
     }
     settings = parse(apply_overrides(values, overrides or []), "the command line")
@@ -131,12 +138,12 @@ def stage(
     name: Annotated[
         str,
         typer.Argument(
-            help="windows, activations, proxies, gradients, curves, plan, quantize, pack, evaluate, report."
+            help="windows, activations, proxies, gradients, curves, plan, quantize, distill, pack, evaluate, report."
         ),
     ],
     params: Params = Path("params.yaml"),
     if_needed: Annotated[
-        bool, typer.Option("--if-needed", help="Do nothing where the policy of the settings needs no such stage.")
+        bool, typer.Option("--if-needed", help="Do nothing where the settings need no such stage.")
     ] = False,
     overrides: Set = None,
     as_json: Json = False,
@@ -149,7 +156,8 @@ def stage(
         raise typer.BadParameter(f"{name!r} is none of {', '.join(STAGES)}", param_hint="NAME")
     run = Run(load(params, overrides or []))
     if if_needed and name not in stages_of(run):
-        result = StageResult(name, False, f"policy {run.settings.plan.policy} does not need it", 0.0)
+        why = "distill.steps is 0" if name == "distill" else f"policy {run.settings.plan.policy} does not need it"
+        result = StageResult(name, False, why, 0.0)
         if not as_json:
             console.print(f"{name}: {result.reason}")
     else:

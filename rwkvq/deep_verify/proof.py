@@ -1,4 +1,7 @@
-"""The proof: records, every kept weight against the checkpoint, one quantized weight made again from the text."""
+"""The proof: records, every kept weight against the checkpoint, one quantized weight made again from the text.
+
+Where the kept vectors were distilled, that is done again, from the artifact's own codes.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,24 @@ from torch import Tensor
 from rwkvq.artifact.layout import entries_of
 from rwkvq.artifact.reader import Artifact
 from rwkvq.artifact.shards import Stored, read_headers, read_tensors
+from rwkvq.calibration.windows import Windows
 from rwkvq.checkpoint.names import extract, weights_of
 from rwkvq.checkpoint.reader import Checkpoint, open_checkpoint
 from rwkvq.deep_verify.cache import Cache
 from rwkvq.deep_verify.records import Check, Records
+from rwkvq.distill import distill
 from rwkvq.errors import ArtifactError
 from rwkvq.files import Progress, no_progress
 from rwkvq.formats import DenseLayout, dense, pack_codes
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import block
 from rwkvq.quantize.results import tensor_path
-from rwkvq.settings import Device
+from rwkvq.run import cores
+from rwkvq.settings import Device, Settings
 from rwkvq.stages.blocks import quantized_file
 from rwkvq.threads import single_threaded_torch
+
+_LEGITIMATE = "plan, code or libraries are not the recorded ones, so it can be sound: verify with those"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +60,15 @@ class Evidence:
 class DeepReport:
     """What was proved. checks: inputs, all equal, then plan, code and libraries, which may differ.
 
-    kept: weights equal to the checkpoint's. tensor, method, parts, bytes: the weight that was quantized again, its
-    stored parts and their size, all equal (None and 0 if the plan keeps every weight); seed: what chose it, None if it
-    was named; activations: `computed`, `cache` or `not needed`.
+    kept: weights equal to the checkpoint's; distilled: vectors equal to what distillation gives again. tensor, method,
+    parts, bytes: the weight that was quantized again, its stored parts and their size, all equal (None and 0 if the
+    plan keeps every weight); seed: what chose it, None if it was named; activations: `computed`, `cache` or `not
+    needed`.
     """
 
     checks: tuple[Check, ...]
     kept: int
+    distilled: int = 0
     tensor: str | None = None
     method: str | None = None
     parts: int = 0
@@ -92,17 +102,18 @@ def deep_verify(
         checks = (*inputs, check, *software)
         progress("provenance")(f"{len(checks)} records", len(checks), len(checks))
         work = _Work(artifact, source, read_headers(artifact.path), folder)
-        kept = work.compare_kept(progress("kept"))
+        distilled = work.distilled(records.settings, windows, progress("distill"))
+        changed = any(not item.is_same for item in software)
+        kept = work.compare_kept(distilled, progress("kept"), changed=changed) - len(distilled)
         if entry is None:
-            return DeepReport(checks, kept)
+            return DeepReport(checks, kept, len(distilled))
         cache = Cache(evidence.activations, entry, source, windows, records.settings)
         inputs_folder = cache.fill(folder / "activations", progress("activations"))
         gradients = cache.fill_gradients(inputs_folder, folder / "gradients", progress("gradients"))
-        changed = any(not item.is_same for item in software)
         size = work.compare_quantized(entry, inputs_folder, gradients, records.settings.run.device, changed=changed)
         progress("quantize")(entry.name, 1, 1)
     parts = len(entry.layout.parts())
-    return DeepReport(checks, kept, entry.name, entry.method, parts, size, seed, cache.origin)
+    return DeepReport(checks, kept, len(distilled), entry.name, entry.method, parts, size, seed, cache.origin)
 
 
 def _choose(artifact: Artifact, evidence: Evidence) -> tuple[PlannedTensor | None, int | None]:
@@ -130,16 +141,34 @@ class _Work:
     headers: Mapping[str, Stored]
     folder: Path
 
-    def compare_kept(self, progress: Progress) -> int:
-        """Compare every kept weight with the checkpoint's, one in memory; return how many. Raises ArtifactError."""
+    def distilled(self, settings: Settings, windows: Windows, progress: Progress) -> dict[str, Tensor]:
+        """The vectors that distillation of this artifact's codes gives, by name; none if the settings ask for none."""
+        if not settings.distill.steps:
+            return {}
+        plan, seed = self.artifact.plan, settings.seed
+        return distill(
+            self.source, plan, self._stored, windows, settings.distill, seed=seed, workers=cores(), on_step=progress
+        ).values
+
+    def compare_kept(self, distilled: Mapping[str, Tensor], progress: Progress, *, changed: bool) -> int:
+        """Compare every kept weight with `distilled` or the checkpoint's, one in memory; return how many.
+
+        changed: plan, code or libraries are not the recorded ones. Raises ArtifactError.
+        """
         kept = [entry for entry in self.artifact.plan.tensors if entry.method == "keep"]
         shapes = {name: self.source.shape(name) for name in self.source.names()}
         weights = {weight.name: weight for weight in weights_of(self.source.spec, shapes)}
         for done, entry in enumerate(kept, 1):
             assert isinstance(entry.layout, DenseLayout)
-            weight = extract(self.source.tensor(entry.tensor), weights[entry.name])
+            weight = distilled.get(entry.name, extract(self.source.tensor(entry.tensor), weights[entry.name]))
             expected = pack_codes(dense.encode(weight, entry.layout))
-            if difference := _difference(expected, self._stored(entry)):
+            difference = _difference(expected, self._stored(entry))
+            if difference and entry.name in distilled:
+                raise ArtifactError(
+                    f"{self.artifact.path}: {entry.name}: {difference} from what distillation gives now; "
+                    f"{_LEGITIMATE if changed else 'it was changed after it was distilled; quantize again'}"
+                )
+            if difference:
                 raise ArtifactError(
                     f"{self.artifact.path}: {entry.name}: is kept as it was, but {difference} from "
                     f"{self.source.path}; quantize again"
@@ -174,9 +203,8 @@ class _Work:
         if difference is None and error != self.artifact.errors.get(entry.name):
             difference = "its recorded error differs"
         if difference is not None:
-            legitimate = "plan, code or libraries are not the recorded ones, so it can be sound: verify with those"
             touched = "it was changed after it was quantized (or run.threads was not 1); quantize again"
-            advice = legitimate if changed else touched
+            advice = _LEGITIMATE if changed else touched
             raise ArtifactError(
                 f"{self.artifact.path}: {entry.name}: {difference} from what {entry.method} gives now; {advice}"
             )

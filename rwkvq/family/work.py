@@ -19,6 +19,7 @@ STAGE_SHARES = {
     "curves": 0.02,
     "plan": 0.01,
     "quantize": 0.54,
+    "distill": 0.0,
     "pack": 0.02,
     "evaluate": 0.20,
     "report": 0.02,

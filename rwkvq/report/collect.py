@@ -10,6 +10,7 @@ from typing import Any
 
 from rwkvq.artifact.reader import open_artifact
 from rwkvq.calibration import windows
+from rwkvq.distill.outputs import read_curve
 from rwkvq.documents import read_json
 from rwkvq.errors import EvaluationError, PlanError
 from rwkvq.evaluation.line import QUANTIZED
@@ -23,6 +24,7 @@ from rwkvq.report.data import (
     Budget,
     Calibration,
     Disjointness,
+    Distillation,
     Estimate,
     Evaluation,
     ProxyPlane,
@@ -41,7 +43,18 @@ Values = dict[str, Any]
 
 ARMS: Mapping[str, Arm] = {"scalar": "sq", "vector": "vq", "affine": "sq", "residual": "vq"}
 """The arm a matrix went to, by its format."""
-STAGE_ORDER = ("windows", "activations", "proxies", "gradients", "curves", "plan", "quantize", "pack", "evaluate")
+STAGE_ORDER = (
+    "windows",
+    "activations",
+    "proxies",
+    "gradients",
+    "curves",
+    "plan",
+    "quantize",
+    "distill",
+    "pack",
+    "evaluate",
+)
 """Stages with a wall time; the report's own is not known while it is written."""
 
 
@@ -63,6 +76,7 @@ def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportDat
             for name, item in evaluation.get("disjoint", {}).items()
         ),
         budget=_budget(plan),
+        distillation=_distillation(run),
         proxies=_proxies(run, plan),
         tensors=tuple(_tensor_row(entry, artifact.errors.get(entry.name)) for entry in plan.tensors),
         stages=tuple(StageTime(name, seconds[name]) for name in STAGE_ORDER if name in seconds),
@@ -188,6 +202,13 @@ def _budget(plan: Plan) -> Budget | None:
     decision = plan.decision
     target = f"{decision['bpw']} bits a matrix weight" if "bpw" in decision else f"a weight file of {decision['size']}"
     return Budget(target, str(decision["formats"]), float(decision["predicted_kl"]))
+
+
+def _distillation(run: Run) -> Distillation | None:
+    if not run.settings.distill.steps:
+        return None
+    curve = read_curve(run.distillation)
+    return Distillation(curve["vectors"], curve["before"], curve["after"], curve["step"])
 
 
 def _proxies(run: Run, plan: Plan) -> ProxyPlane | None:

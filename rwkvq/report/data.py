@@ -137,6 +137,17 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Distillation:
+    """What training the vectors that stay continuous gained: mean KL on the held-out windows, nats a token."""
+
+    vectors: int
+    before: float
+    after: float
+    step: int
+    """The step whose values were kept; 0 = training made nothing better."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRow:
     """One weight of the plan and what became of it."""
 
@@ -186,6 +197,7 @@ class ReportData:
     disjointness: tuple[Disjointness, ...]
     budget: Budget | None
     """None for every policy but `budget`."""
+    distillation: Distillation | None
     proxies: ProxyPlane | None
     tensors: tuple[TensorRow, ...]
     stages: tuple[StageTime, ...]

@@ -15,6 +15,7 @@ from rwkvq.report.tables import (
     bits_table,
     budget_sentences,
     disjointness_sentences,
+    distillation_sentences,
     flatten,
     measured_on,
     model_sentence,
@@ -103,10 +104,18 @@ def _bits(report: ReportData) -> str:
 
 
 def _budget(report: ReportData) -> str:
-    sentences = budget_sentences(report)
+    return _section("Budget", budget_sentences(report))
+
+
+def _distillation(report: ReportData) -> str:
+    return _section("Distillation", distillation_sentences(report))
+
+
+def _section(title: str, sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    return f'<section><h2>Budget</h2><p class="lead">{escape(sentences[0])}</p>{notes_markup(sentences[1:])}</section>'
+    lead, notes = escape(sentences[0]), notes_markup(sentences[1:])
+    return f'<section><h2>{title}</h2><p class="lead">{lead}</p>{notes}</section>'
 
 
 def _plane(report: ReportData) -> str:
@@ -185,7 +194,7 @@ def document(title: str, style: str, body: str) -> str:
 def render(report: ReportData) -> str:
     """The page. Every text in it is escaped; it opens without a network and holds no time of making."""
     cards = "".join(map(card_markup, headlines(report)))
-    sections = (_quality, _bits, _budget, _plane, _maps, _times, _appendix)
+    sections = (_quality, _bits, _budget, _distillation, _plane, _maps, _times, _appendix)
     body = (
         f'<header><p class="kicker">rwkvq report</p><h1>{escape(report.model)}</h1>'
         f'<p class="lead">{escape(model_sentence(report))}</p></header>'

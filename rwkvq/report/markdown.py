@@ -11,6 +11,7 @@ from rwkvq.report.tables import (
     bits_table,
     budget_sentences,
     disjointness_sentences,
+    distillation_sentences,
     measured_on,
     model_sentence,
     parts_table,
@@ -57,6 +58,8 @@ def markdown(report: ReportData) -> str:
     sections += ["## Honest bits", markdown_table(bits_table(report)), markdown_table(parts_table(report))]
     if report.budget is not None:
         sections += ["## Budget", *(escape_markdown(sentence) for sentence in budget_sentences(report))]
+    if report.distillation is not None:
+        sections += ["## Distillation", *(escape_markdown(sentence) for sentence in distillation_sentences(report))]
     if report.stages:
         sections += ["## Wall time", markdown_table(stage_table(report))]
     return "\n\n".join(sections) + "\n"

@@ -193,6 +193,23 @@ def budget_sentences(report: ReportData) -> list[str]:
     ]
 
 
+def distillation_sentences(report: ReportData) -> list[str]:
+    """What distillation gained on the windows that it was judged by; none without it."""
+    done = report.distillation
+    if done is None:
+        return []
+    ratio = done.after / done.before if done.before else 1.0
+    seconds = next((stage.seconds for stage in report.stages if stage.name == "distill"), None)
+    cost = "" if seconds is None else f" It took {seconds_text(seconds)}."
+    return [
+        f"KL on the held-out calibration windows, nats a token: {number_text(done.before)} before, "
+        f"{number_text(done.after)} after, {ratio:.3f} of it.{cost}",
+        f"{done.vectors} vectors that stay in floating point were trained towards the float model with all codes "
+        f"frozen, values of step {done.step}; nothing more is stored. Steps were chosen on these windows: the figures "
+        "on other text are the ones to trust.",
+    ]
+
+
 def disjointness_sentences(report: ReportData) -> list[str]:
     """One sentence an evaluation set: was any of it calibrated on?"""
     return [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+from torch import Tensor
 
 from rwkvq.checkpoint.headers import open_safetensors
 from rwkvq.errors import QuantizationError
@@ -177,6 +178,17 @@ def quantized_files(run: Run) -> list[tuple[Path, PlannedTensor]]:
         for job in _jobs_of(run, plan)
         for entry in block.planned_for(plan, job.block)
     ]
+
+
+def quantized_parts(run: Run) -> Callable[[PlannedTensor], dict[str, Tensor]]:
+    """What reads the packed parts of a quantized tensor of the run's plan. It raises QuantizationError."""
+    files = {entry.name: path for path, entry in quantized_files(run)}
+
+    def parts(entry: PlannedTensor) -> dict[str, Tensor]:
+        with quantized_file(files[entry.name]) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    return parts
 
 
 def tensor_errors(run: Run) -> dict[str, dict[str, float | None]]:

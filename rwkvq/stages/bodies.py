@@ -4,26 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from rwkvq.artifact.writer import software_versions, write_artifact
 from rwkvq.calibration import gradients, windows
 from rwkvq.checkpoint.names import weights_of
 from rwkvq.device import working_on
+from rwkvq.distill import distill
+from rwkvq.distill.outputs import read_distilled, write_distilled
 from rwkvq.evaluation.line import evaluate_run
 from rwkvq.files import Progress, sha256_of_file
 from rwkvq.plan.candidates import read_curves
-from rwkvq.plan.plan import PlannedTensor
 from rwkvq.plan.policies import Curves, make_plan
 from rwkvq.proxies import table
 from rwkvq.report.collect import collect_report, write_report
 from rwkvq.run import Run, text_hash, tokenizer_hash
-from rwkvq.stages.blocks import heal_quantized, quantized_file, quantized_files, read_plan, tensor_errors
+from rwkvq.stages.blocks import heal_quantized, quantized_parts, read_plan, tensor_errors
 from rwkvq.stages.healing import build_activations
 from rwkvq.stages.stage import read_seconds
 from rwkvq.threads import map_in_order, single_threaded_torch
 
-PROVENANCE_SECTIONS = ("activations", "curves", "gradients", "plan", "proxies", "quantize", "seed", "windows")
+PROVENANCE_SECTIONS = (
+    "activations",
+    "curves",
+    "distill",
+    "gradients",
+    "plan",
+    "proxies",
+    "quantize",
+    "seed",
+    "windows",
+)
 """The settings that decide an artifact's bytes, and are written into it."""
 
 
@@ -90,22 +99,33 @@ def run_plan(run: Run, progress: Progress) -> None:
     progress("plan", 1, 1)
 
 
+def run_distill(run: Run, progress: Progress) -> None:
+    """Stage `distill`. A quantized tensor that is not as it was written is quantized again before it is read."""
+    heal_quantized(run)
+    result = distill(
+        run.checkpoint,
+        read_plan(run),
+        quantized_parts(run),
+        windows.read_windows(run.windows),
+        run.settings.distill,
+        seed=run.settings.seed,
+        workers=run.workers,
+        on_step=progress,
+    )
+    write_distilled(result, run.distilled, run.distillation)
+
+
 def run_pack(run: Run, progress: Progress) -> None:
     """Stage `pack`. A quantized tensor that is not as it was written is quantized again before anything is packed."""
     heal_quantized(run)
-    files = {entry.name: path for path, entry in quantized_files(run)}
     plan = read_plan(run)
-
-    def parts(entry: PlannedTensor) -> dict[str, Tensor]:
-        with quantized_file(files[entry.name]) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-
     write_artifact(
         run.artifact,
         run.checkpoint,
         plan,
-        parts,
+        quantized_parts(run),
         tensor_errors(run),
+        distilled=read_distilled(run.distilled, plan) if run.settings.distill.steps else {},
         tokenizer=run.tokenizer_path,
         provenance=provenance(run),
         overwrite=True,
@@ -122,6 +142,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_hash(run.tokenizer_path),
         "windows_sha256": sha256_of_file(run.windows) if run.windows.is_file() else None,
         "plan_sha256": sha256_of_file(run.plan),
+        "distilled_sha256": sha256_of_file(run.distilled) if run.settings.distill.steps else None,
         "settings": sections_of(run, *PROVENANCE_SECTIONS) | {"run": {"device": run.settings.run.device}},
         "threads": run.settings.run.threads,
         "software": software_versions(),

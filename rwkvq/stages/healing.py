@@ -28,8 +28,9 @@ READ_BY = {
     "curves": ("gradients",),
     "plan": ("proxies", "curves"),
     "quantize": ("gradients",),
-    "pack": ("windows",),
-    "report": ("proxies", "evaluate"),
+    "distill": ("windows",),
+    "pack": ("windows", "distill"),
+    "report": ("proxies", "distill", "evaluate"),
 }
 """Earlier stages whose small outputs a stage reads. Not `plan`: an edited plan is the user's decision."""
 _Result = TypeVar("_Result")

@@ -41,6 +41,10 @@ def _curves_hash(run: Run) -> Hashes:
     return _of(run.curves) if "curves" in stages_of(run) else {}
 
 
+def _distilled_hash(run: Run) -> Hashes:
+    return _of(run.distilled) if "distill" in stages_of(run) else {}
+
+
 def _section(*names: str) -> Callable[[Run], dict[str, Any]]:
     return lambda run: sections_of(run, *names)
 
@@ -124,6 +128,17 @@ STAGES: dict[str, Stage] = {
             blocks.quantize,
         ),
         Stage(
+            "distill",
+            _section("distill", "seed"),
+            lambda run: (
+                {"checkpoint": run.checkpoint.identity(), "quantized": _manifest_hash(run, "quantize")}
+                | _of(run.plan, run.windows)
+            ),
+            lambda run: [run.distilled, run.distillation],
+            (*_MODEL_CODE, "rwkvq.distill", "rwkvq.engine.model", "rwkvq.evaluation.logprobs", "rwkvq.formats"),
+            bodies.run_distill,
+        ),
+        Stage(
             "pack",
             _section(*bodies.PROVENANCE_SECTIONS),
             lambda run: (
@@ -133,6 +148,7 @@ STAGES: dict[str, Stage] = {
                     "tokenizer": tokenizer_hash(run.tokenizer_path),
                 }
                 | _of(run.plan, run.windows)
+                | _distilled_hash(run)
             ),
             lambda run: [run.artifact],
             ("rwkvq.artifact", "rwkvq.formats", "rwkvq.checkpoint"),
@@ -153,7 +169,11 @@ STAGES: dict[str, Stage] = {
         Stage(
             "report",
             lambda run: {},
-            lambda run: {name: _manifest_hash(run, name) for name in ("plan", "proxies", "pack", "evaluate")},
+            lambda run: {
+                name: _manifest_hash(run, name)
+                for name in ("plan", "proxies", "distill", "pack", "evaluate")
+                if name in stages_of(run)
+            },
             lambda run: [
                 run.report,
                 run.metrics,
@@ -168,11 +188,15 @@ STAGES: dict[str, Stage] = {
 
 
 def stages_of(run: Run) -> list[str]:
-    """The stages this run needs, in order: a policy without statistics needs no windows' activations."""
+    """The stages this run needs, in order: a policy without statistics needs no windows' activations, and only a run
+    that asks for distillation has it.
+    """
     policy = run.settings.plan.policy
     without = {"activations"} if policy in ("rtn", "kmeans", "hqq") and not _codebooks(run) else set()
     if policy != "budget":
         without |= {"gradients", "curves"}
+    if not run.settings.distill.steps:
+        without |= {"distill"}
     return [name for name in STAGES if name not in without]
 
 

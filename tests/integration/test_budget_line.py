@@ -32,7 +32,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     values = write_inputs(folder, request.param, ".pth" if request.param == "x070" else ".safetensors")
     run = Run(settings_of(values, *BUDGET))
     results = stages.run_line(run)
-    assert [(result.stage, result.ran) for result in results] == [(name, True) for name in STAGES]
+    assert [(result.stage, result.ran) for result in results] == [(name, True) for name in STAGES if name != "distill"]
     return values, run
 
 

@@ -33,11 +33,12 @@ def test_the_stages_are_those_of_the_library(pipeline: dict[str, Any]) -> None:
     assert {name: stage["cmd"] for name, stage in pipeline.items()} == commands | {
         "plan": [*first, commands["plan"]],
         "quantize": [*first[:2], commands["quantize"]],
+        "pack": ["python -m rwkvq.cli stage distill --if-needed", commands["pack"]],
     }
 
 
-INSIDE = {"plan": ("gradients", "curves"), "quantize": ("gradients",)}
-"""Stages of policy budget that are made within others."""
+INSIDE = {"plan": ("gradients", "curves"), "quantize": ("gradients",), "pack": ("distill",)}
+"""Stages that only some settings need, made within others."""
 
 
 @pytest.mark.parametrize("name", LINE)

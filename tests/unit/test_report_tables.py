@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from rwkvq.report.data import Budget, Disjointness, Estimate, ReportData
+from rwkvq.report.data import Budget, Disjointness, Distillation, Estimate, ReportData, StageTime
 from rwkvq.report.headlines import headlines
 from rwkvq.report.tables import (
     bits_table,
     budget_sentences,
     disjointness_sentences,
+    distillation_sentences,
     flatten,
     measured_on,
     metrics,
@@ -134,6 +135,16 @@ def test_token_counts_go_with_the_figures(data: ReportData) -> None:
     text = " ".join(measured_on(data))
     assert "65,536 tokens" in text and "32,768 predictions" in text and "500 examples" in text
     assert measured_on(replace(data, evaluation=None, calibration=None)) == []
+
+
+def test_distillation_says_what_it_gained_and_took(data: ReportData) -> None:
+    assert distillation_sentences(data) == []
+    done = replace(data, distillation=Distillation(113, 0.0185, 0.0176, 56))
+    first, second = distillation_sentences(done)
+    assert "0.01850 before, 0.01760 after, 0.951 of it" in first and "took" not in first
+    assert "113 vectors" in second and "step 56" in second
+    timed = replace(done, stages=(*data.stages, StageTime("distill", 125.0)))
+    assert "It took 2 min" in distillation_sentences(timed)[0]
 
 
 def test_a_budget_says_what_it_expected_and_what_came(data: ReportData) -> None:

@@ -71,6 +71,7 @@ position:sticky;left:0;background:var(--page)}
 .stage-curves{background:var(--e4)!important}
 .stage-plan{background:var(--p-emb)!important}
 .stage-quantize{background:var(--p-matrix)!important}
+.stage-distill{background:var(--e6)!important}
 .stage-pack{background:var(--p-lora)!important}
 .stage-evaluate{background:var(--e5)!important}
 .stage-report{background:var(--e2)!important}

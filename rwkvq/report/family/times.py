@@ -18,6 +18,7 @@ KNOWN_STAGES = (
     "curves",
     "plan",
     "quantize",
+    "distill",
     "pack",
     "evaluate",
     "report",
