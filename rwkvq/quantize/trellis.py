@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rwkvq.errors import ShapeError
 from rwkvq.formats.parts import half_scale
-from rwkvq.formats.trellis import SCALE_BITS, SCALE_STEPS, TrellisCodes, TrellisLayout, scales_of
+from rwkvq.formats.trellis import SCALE_BITS, SCALE_STEPS, TrellisCodes, TrellisLayout, column_bytes, scales_of
+from rwkvq.quantize.factor import permuted
 from rwkvq.quantize.gptq import unit_rows
 from rwkvq.quantize.hessian import check_statistics, inverse_factor_of, with_damping
 from rwkvq.quantize.options import GuidedOptions
@@ -42,8 +43,8 @@ def quantize(
 ) -> TrellisCodes:
     """Return weight [out, in] in the trellis format with small sum_i f_i dW_i H dW_i^T.
 
-    second_moment: H [in, in]; fisher: f [out]. Raises ShapeError for shapes that do not fit,
-    QuantizationError for values that are not finite or a failing H.
+    second_moment: H [in, in]; fisher: f [out]. Columns are encoded by falling diagonal of H and stored in their own
+    order. Raises ShapeError for shapes that do not fit, QuantizationError for what is not finite or a failing H.
     """
     if tuple(weight.shape) != (layout.rows, layout.columns):
         raise ShapeError(f"weight {list(weight.shape)} does not fit the layout [{layout.rows}, {layout.columns}]")
@@ -51,11 +52,27 @@ def quantize(
     weight = weight.float()
     scale, base = find_row_scales(AMPLITUDE * weight)
     scales = scales_of(scale, base)
-    columns = (weight / scales[:, None]).t().contiguous()  # [in, out]
+    order = second_moment.diagonal().argsort(descending=True, stable=True)
+    columns = (weight / scales[:, None]).t()[order].contiguous()  # [in, out]
     importance = search_weights(scales, fisher if options.row_weights else None)
+    with permuted(second_moment.float(), order) as moment:
+        codes, rates, row_offsets, column_offsets = _encode_all(columns, moment, importance, layout, options)
+    back = order.argsort()
+    pieces = torch.split(codes, column_bytes(rates, layout.length).tolist(), 1)
+    codes = torch.cat([pieces[place] for place in back.tolist()], 1)
+    return TrellisCodes(layout, codes, row_offsets, column_offsets[back], scale, base)
+
+
+def _encode_all(
+    columns: Tensor, second_moment: Tensor, importance: Tensor, layout: TrellisLayout, options: TrellisOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [sequences, bytes], rates [in], offsets of rows and columns, for columns [in, out] in units of row scales.
+
+    columns are overwritten with what the codes stand for; importance [out]: how much a squared error counts.
+    """
     streams, start = [], 0
     targets = columns.clone() if options.sweeps else columns
-    with inverse_factor_of(second_moment.float(), options.damping) as upper:
+    with inverse_factor_of(second_moment, options.damping) as upper:
         row_offsets, column_offsets = rate_offsets(layout, importance, column_costs(upper, columns, importance))
         rates = layout.quarter_bits + column_offsets.long()
         feedback = unit_rows(upper)
@@ -73,7 +90,7 @@ def quantize(
             pull = hessian @ targets.sub_(columns)
             for _ in range(options.sweeps):
                 sweep(columns, pull, hessian, importance, rates, row_offsets, layout, codes)
-    return TrellisCodes(layout, codes, row_offsets, column_offsets, scale, base)
+    return codes, rates, row_offsets, column_offsets
 
 
 def column_costs(upper: Tensor, columns: Tensor, importance: Tensor) -> Tensor:

@@ -54,6 +54,15 @@ def test_sweeps_lower_the_damped_loss() -> None:
     assert (losses[1] < losses[0]).all() and (losses[2] < losses[1]).all()
 
 
+def test_the_order_of_the_columns_changes_nothing() -> None:
+    """They are encoded by falling second moment, wherever they stand, and their codes come back to their places."""
+    weight, moment = weight_and_moment(8)
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(8))
+    layout, options = TrellisLayout(64, 160, 12, 10, 32, 3, 3), TrellisOptions(sweeps=1)
+    moved = decode(quantize(weight[:, order], moment[order][:, order], layout, options, torch.ones(64)))
+    torch.testing.assert_close(moved, decode(quantize(weight, moment, layout, options, torch.ones(64)))[:, order])
+
+
 def test_rate_offsets_lower_the_loss() -> None:
     weight, moment = weight_and_moment(6)
     fisher = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(6)))
