@@ -5,12 +5,14 @@
 
 With --ruler FILE (an independent evaluator with the command `kl MODEL OTHER --text FILE --tokenizer FILE` that prints
 JSON) every exported model is measured again from outside. Everything is made before anything is evaluated.
+
+Rows are kept in quality.json beside the page, each with the commit that it was measured at: with --method or --models
+only those rows are measured again. A seed other than 0 makes rows of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
 from rwkvq.artifact.reader import Artifact, open_artifact
 from rwkvq.checkpoint.writer import export_checkpoint
+from rwkvq.documents import read_json
 from rwkvq.engine.model import Engine
 from rwkvq.evaluation.divergence import FLOAT, TextResult, compare_on_text
 from rwkvq.evaluation.lambada import LambadaResult, lambada, read_examples
@@ -98,18 +102,21 @@ def make_all(base: dict[str, Any], work: Path, methods: dict[str, tuple[str, ...
     return made
 
 
-def row(name: str, made: Made | None, text: TextResult, word: LambadaResult) -> list[str]:
-    """One line of the table."""
+def row(made: Made | None, text: TextResult, word: LambadaResult, float_word: LambadaResult) -> list[str]:
+    """One line of the table, without its name."""
     bits = totals(made.artifact.plan) if made else None
+    rises = np.subtract(float_word.logprobs, word.logprobs)  # nats a word, of the same examples
+    rise_se = rises.std(ddof=1) / len(rises) ** 0.5
     return [
-        name,
         f"{bits.matrix_bits:.3f}" if bits else "16",
         f"{bits.body_bits:.3f}" if bits else "16",
         f"{8 * made.artifact.file_bytes / bits.weights:.3f}" if made and bits else "16",
-        f"{text.ppl:.3f} ± {text.ppl_se:.2f}",
+        f"{text.ppl:.3f}",
+        f"{text.delta_nll:.4f} ± {text.delta_nll_se:.4f}" if text.delta_nll is not None else "",
         f"{text.kl:.4f} ± {text.kl_se:.4f}" if text.kl is not None else "",
         f"{100 * text.top1:.2f}" if text.top1 is not None else "",
         f"{word.ppl:.1f}",
+        f"{rises.mean():.3f} ± {rise_se:.3f}" if made else "",
         f"{100 * word.acc:.1f}",
         f"{made.seconds:.0f}" if made else "",
     ]
@@ -121,11 +128,14 @@ HEADER = [
     "body bits",
     "file bits",
     "text ppl",
+    "rise of ln ppl",
     "KL (nats)",
     "top-1 %",
     "LAMBADA ppl",
+    "rise of ln",
     "acc %",
     "s",
+    "commit",
 ]
 CHECK_HEADER = ["exported", "ppl", "ppl, outside", "KL", "KL, outside", "KL differs by", "top-1", "top-1, outside"]
 
@@ -150,10 +160,9 @@ class Ruler:
         return answer
 
 
-def check_row(name: str, ours: TextResult, theirs: dict[str, Any]) -> list[str]:
+def check_cells(ours: TextResult, theirs: dict[str, Any]) -> list[str]:
     """Our figures beside the independent ones."""
     return [
-        name,
         f"{ours.ppl:.5f}",
         f"{theirs['ppl_other']:.5f}",
         f"{ours.kl:.6f}",
@@ -179,7 +188,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Make the table."""
-    sections = []
+    kept = read_json(out.with_suffix(".json")) if out.with_suffix(".json").is_file() else {}
     for model in models:
         folder = work / model.stem
         base = {
@@ -196,39 +205,64 @@ def main(
         examples = read_examples(lambada_file, 500)
         everyone = {FLOAT: reference} | engines
         words = {name: lambada(engine, examples, loaded, batch=64) for name, engine in everyone.items()}
-        rows = [row(name, made.get(name), texts[name], words[name]) for name in words]
-        checks = []
+        commit = commit_of()
+        measured = {
+            named(name, seed): [*row(made.get(name), texts[name], words[name], words[FLOAT]), commit] for name in words
+        }
+        checks = {}
         if ruler:
             outside = Ruler(ruler, model, text, tokenizer, windows)
             exported = folder / "exported.safetensors"
-            checks = [check_row(name, texts[name], outside.ask(made[name], exported)) for name in check if name in made]
-        write_json(folder / "rows.json", {"rows": rows, "checks": checks})
-        sections.append(section(model.stem, rows, checks))
-    write_text(out, preamble(seed, windows) + "\n".join(sections))
+            asked = [name for name in check if name in made]
+            checks = {named(name, seed): check_cells(texts[name], outside.ask(made[name], exported)) for name in asked}
+        known = kept.setdefault(model.stem, {"rows": {}, "checks": {}})
+        known["rows"] |= measured
+        known["checks"] |= checks
+        write_json(out.with_suffix(".json"), kept)
+        write_text(out, preamble(windows) + "\n".join(section(name, found) for name, found in kept.items()))
 
 
-def preamble(seed: int, windows: int) -> str:
+def named(name: str, seed: int) -> str:
+    """Name of a row."""
+    return f"{name}, seed {seed}" if seed and name != FLOAT else name
+
+
+def commit_of() -> str:
+    """The commit of the code that measures, `+` if it was changed since."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def preamble(windows: int) -> str:
     """What the table shows and how it was made."""
     return f"""# Quality at honest bits
 
 Made by `python -m benchmarks.quality` (its docstring has the command); every model is quantized before any is
-evaluated. Calibration: 128 windows of 512 tokens of `books_calibration.txt`, seed {seed}. Evaluation in float32 from
-the packed artifact: {windows} windows of 512 tokens of `books_validation.txt`, first 500 lines of `lambada_dev.jsonl`,
-disjoint from calibration. ± is one standard error over windows. Matrix bits count every stored bit of the matrices and
-LoRA factors, body bits everything but embedding and head, file bits the whole file with its header. Element-wise
-vectors keep their 16 bits except in presets text, camera and official. Seconds: stage `quantize`, and where they ran
-`gradients` and `curves` before it (they serve all rows of policy budget), on {len(os.sched_getaffinity(0))} cores of a
-shared machine.
+evaluated. Calibration: 128 windows of 512 tokens of `books_calibration.txt`, seed 0 unless said. Evaluation in float32
+from the packed artifact: {windows} windows of 512 tokens of `books_validation.txt`, first 500 lines of
+`lambada_dev.jsonl`, disjoint from calibration. ± is one standard error over windows or examples; rises are against the
+float model on the same ones. Matrix bits count every stored bit of the matrices and LoRA factors, body bits everything
+but embedding and head, file bits the whole file with its header. Element-wise vectors keep their 16 bits except in
+presets text, camera and official. Seconds: stage `quantize`, and where they ran `gradients` and `curves` before it
+(they serve all rows of policy budget), on a shared machine of 2 cores. Commit: of the code that a row was measured with.
 
 """
 
 
-def section(name: str, rows: list[list[str]], checks: list[list[str]]) -> str:
-    """One model's tables in Markdown."""
-    parts = [f"## {name}\n", markdown_table(HEADER, rows)]
-    if checks:
+def section(name: str, found: dict[str, dict[str, list[str]]]) -> str:
+    """One model's tables in Markdown, rows in the order of METHODS."""
+    places = {method: place for place, method in enumerate((FLOAT, *METHODS))}
+
+    def place_of(row_name: str) -> tuple[int, str]:
+        return places[row_name.partition(", seed ")[0]], row_name
+
+    def lines(kind: str) -> list[list[str]]:
+        return [[row_name, *found[kind][row_name]] for row_name in sorted(found[kind], key=place_of)]
+
+    parts = [f"## {name}\n", markdown_table(HEADER, lines("rows"))]
+    if found["checks"]:
         title = "\nThe same models, exported and measured by an independent evaluator:\n"
-        parts += [title, markdown_table(CHECK_HEADER, checks)]
+        parts += [title, markdown_table(CHECK_HEADER, lines("checks"))]
     return "\n".join(parts) + "\n"
 
 
