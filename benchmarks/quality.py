@@ -244,7 +244,7 @@ from the packed artifact: {windows} windows of 512 tokens of `books_validation.t
 float model on the same ones. Matrix bits count every stored bit of the matrices and LoRA factors, body bits everything
 but embedding and head, file bits the whole file with its header. Element-wise vectors keep their 16 bits except in
 presets text, camera and official. Seconds: stage `quantize`, and where they ran `gradients` and `curves` before it
-(they serve all rows of policy budget), on a shared machine of 2 cores. Commit: of the code that a row was measured with.
+(they serve all rows of policy budget), on a shared machine of 2 cores. Commit: of the code that measured a row.
 
 """
 

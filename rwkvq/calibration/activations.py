@@ -37,8 +37,8 @@ BATCH = 2
 """Windows that are read at once."""
 _V_FIRST = "v_first.parquet"
 _V_FIRST_ROWS = "v_first"
-_TOKEN_OVERHEAD = 14
-"""Bytes a token beside its values: window, position, and the run lengths of Parquet's repetition levels."""
+_TOKEN_OVERHEAD = 8
+"""Bytes a token beside its values: window and position."""
 _WINDOW_OVERHEAD = 512
 """Bytes a row group: page headers and its entry in the footer."""
 

@@ -111,10 +111,7 @@ def parquet_files(folder: Path) -> Iterator[tuple[str, Path]]:
         path = folder / f"windows-{number}.parquet"
         pq.write_table(pa.table(columns).replace_schema_metadata(names), path, **options)
         yield "windows", path
-        x = pa.FixedSizeListArray.from_arrays(
-            pa.array(np.zeros(length * 1024, np.float16)),
-            type=pa.list_(pa.field("element", pa.float16(), False), 8192),
-        )
+        x = pa.array([bytes(2 * 8192)] * (length * 1024 // 8192), pa.binary(2 * 8192))
         rows = {
             "window": pa.array(np.zeros(len(x), np.int32)),
             "position": pa.array(np.arange(len(x), dtype=np.int32)),
