@@ -8,7 +8,7 @@ One block is in memory, beside the gradient of its output for all watched tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from rwkvq.calibration import activations
 from rwkvq.calibration.activations import InputBatch
+from rwkvq.calibration.outer import HeadSums, embedding_statistics, outer_path, write_outer
 from rwkvq.calibration.taps import tapped
-from rwkvq.calibration.windows import Windows
+from rwkvq.calibration.windows import Windows, model_inputs
 from rwkvq.checkpoint.headers import open_safetensors
-from rwkvq.checkpoint.names import Weight, weights_of
+from rwkvq.checkpoint.names import OUTER, Weight, weights_of
 from rwkvq.checkpoint.reader import WeightSource
 from rwkvq.checkpoint.writer import write_safetensors
 from rwkvq.device import CPU
@@ -34,7 +35,13 @@ from rwkvq.models.layers import layer_norm
 from rwkvq.tensors import is_finite
 from rwkvq.threads import map_in_order
 
-CODE = ("rwkvq.models", "rwkvq.calibration.gradients", "rwkvq.calibration.taps", *activations.CODE)
+CODE = (
+    "rwkvq.models",
+    "rwkvq.calibration.gradients",
+    "rwkvq.calibration.outer",
+    "rwkvq.calibration.taps",
+    *activations.CODE,
+)
 """The sources that decide what this pass finds."""
 CLIP_QUANTILE = 0.999
 """Token weights above this quantile are cut down to it: single tokens do not decide a second moment."""
@@ -57,9 +64,9 @@ class Sensitivity:
     energy: float
 
 
-def gradients_path(folder: Path, block: int) -> Path:
-    """File with the sensitivities of a block."""
-    return folder / f"block-{block:03d}.safetensors"
+def gradients_path(folder: Path, block: int | None) -> Path:
+    """File with the sensitivities of a block; None = with the statistics of embedding and head."""
+    return outer_path(folder) if block is None else folder / f"block-{block:03d}.safetensors"
 
 
 def watched_windows(held_out: NDArray[np.bool_], count: int) -> list[int]:
@@ -80,7 +87,8 @@ def write_gradients(
     device: torch.device = CPU,
     on_block: Callable[[int], None] = lambda block: None,
 ) -> list[Path]:
-    """Write the sensitivities of every block into `folder`, from the last to the first; return the files.
+    """Write the sensitivities of every block into `folder`, from the last to the first, then what the loss means to
+    embedding and head; return the files.
 
     cache: folder of the activation cache of `windows`; count: windows to watch. workers change no byte; device: where
     blocks run. Raises CheckpointError, ActivationError (cache damaged, gradients that are not finite), OutputError.
@@ -92,7 +100,7 @@ def write_gradients(
     for block in reversed(range(source.spec.layers)):
         work.run(block)
         on_block(block)
-    return [gradients_path(folder, block) for block in range(source.spec.layers)]
+    return [*(gradients_path(folder, block) for block in range(source.spec.layers)), work.write_outer()]
 
 
 class _Sums:
@@ -130,6 +138,7 @@ class _Pass:
         device: torch.device,
     ) -> None:
         self.source, self.cache, self.folder, self.chosen, self.seed = source, cache, folder, chosen, seed
+        self.ids = torch.from_numpy(model_inputs(windows.ids[chosen])).long()
         spec, self.length, self.device = source.spec, windows.ids.shape[1], device
         # what is recorded takes several times as much
         self.workers = batches_at_once(spec, 4 * self.length, workers, device)
@@ -138,6 +147,7 @@ class _Pass:
         self.v_first = torch.zeros_like(self.gradients) if has_v_first else None
         shapes = {name: source.shape(name) for name in source.names()}
         self.weights = [item for item in weights_of(spec, shapes) if item.weight_class in ("matrix", "lora")]
+        self.head_sums = HeadSums(spec.vocab, spec.width, device)
 
     def run(self, block: int) -> None:
         """Take the gradients through a block: write its sensitivities, leave the gradients of its input."""
@@ -147,10 +157,13 @@ class _Pass:
         count = len(self.chosen)
         sums = {weight.name: _Sums(weight.shape[0], count, self.length, self.device) for weight in watched}
 
-        def step(item: tuple[int, InputBatch]) -> tuple[int, dict[str, tuple[Tensor, Tensor, Tensor]]]:
-            return item[0], self._step(block, weights, watched, head, *item)
+        def step(item: tuple[int, InputBatch]) -> tuple[int, dict[str, tuple[Tensor, Tensor, Tensor]], HeadSums | None]:
+            own = None if head is None else replace(head, sums=HeadSums(*head.head.shape, self.device))
+            return item[0], self._step(block, weights, watched, own, *item), None if own is None else own.sums
 
-        for place, seen in map_in_order(step, self._batches(block), self.workers):
+        for place, seen, of_head in map_in_order(step, self._batches(block), self.workers):
+            if of_head is not None:
+                self.head_sums.merge(of_head)
             for name, (fisher, squares, energy) in seen.items():
                 sums[name].fisher += fisher
                 sums[name].squares[place] = squares
@@ -160,6 +173,13 @@ class _Pass:
         tensors = {f"{name}::{part}": tensor for name, total in sums.items() for part, tensor in total.finish().items()}
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())]
         write_safetensors(gradients_path(self.folder, block), entries, sorted(tensors.items()), {})
+
+    def write_outer(self) -> Path:
+        """Write what the passes through the last and the first block say of head and embedding; return the file."""
+        emb, *ln0 = (self.source.tensor(name) for name in ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias"))
+        weight, bias = (tensor.reshape(-1).float() for tensor in ln0)
+        embedding = embedding_statistics(emb, (weight, bias), zip(self.ids, self.gradients.cpu(), strict=True))
+        return write_outer(self.folder, dict(zip(OUTER, (embedding, self.head_sums.finish()), strict=True)))
 
     def _batches(self, block: int) -> Iterator[tuple[int, InputBatch]]:
         """(place among the watched windows, its inputs), window by window."""
@@ -213,21 +233,26 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """ln_out and the head [vocab, width], float32."""
+    """ln_out and the head [vocab, width], float32, and the sums over the tokens that it turns into gradients."""
 
     weight: Tensor
     bias: Tensor
     head: Tensor
+    sums: HeadSums
 
     @classmethod
     def of(cls, source: WeightSource, device: torch.device) -> _Head:
         """Read them from the checkpoint."""
         names = ("ln_out.weight", "ln_out.bias")
         weight, bias = (source.tensor(name).reshape(-1).to(device, torch.float32) for name in names)
-        return cls(weight, bias, source.tensor("head.weight").to(device, torch.float32))
+        head = source.tensor("head.weight").to(device, torch.float32)
+        return cls(weight, bias, head, HeadSums(*head.shape, device))
 
     def gradient(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """dL/dy [1, time, width] of the summed cross entropy to targets drawn from the softmax of each token."""
+        """dL/dy [1, time, width] of the summed cross entropy to targets drawn from the softmax of each token.
+
+        `sums` counts these tokens.
+        """
         with torch.enable_grad():
             y = y.requires_grad_()
             normalised = layer_norm(y, self.weight, self.bias)
@@ -236,6 +261,7 @@ class _Head:
         for some in torch.split(normalised.detach()[0], rows):
             probabilities = F.linear(some, self.head).softmax(-1)
             targets = sampled(probabilities, generator)
+            self.sums.add(probabilities, some)
             probabilities.scatter_add_(1, targets, -torch.ones_like(targets, dtype=probabilities.dtype))
             parts.append(probabilities @ self.head)
         (result,) = torch.autograd.grad(normalised, y, torch.cat(parts)[None])

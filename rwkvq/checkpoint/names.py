@@ -18,6 +18,8 @@ WeightClass = Literal["matrix", "lora", "elementwise", "keep"]
 
 MIX_ORDER = "wkvrg"
 """Order of the five paths in the first axis of x060's time_maa_w2 and in the columns of time_maa_w1."""
+OUTER = ("emb.weight", "head.weight")
+"""What lies outside the blocks and is large [vocab, width]."""
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 """x070 files may hold these; block 0 has no value residual, so nothing reads them."""
 

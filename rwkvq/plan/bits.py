@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from rwkvq.checkpoint.names import OUTER
 from rwkvq.plan.tensor import PlannedTensor
-
-OUTER_TENSORS = ("emb.weight", "head.weight")
-"""What body_bits leaves out."""
 
 
 class HasTensors(Protocol):
@@ -56,7 +54,7 @@ def _weights(tensors: Iterable[PlannedTensor]) -> int:
 def totals(plan: HasTensors) -> Totals:
     """Sum up a plan."""
     matrices = [item for item in plan.tensors if item.weight_class in ("matrix", "lora") and item.method != "keep"]
-    body = [item for item in plan.tensors if item.tensor not in OUTER_TENSORS]
+    body = [item for item in plan.tensors if item.tensor not in OUTER]
     weights, matrix_weights, body_weights = _weights(plan.tensors), _weights(matrices), _weights(body)
     total = _stored(plan.tensors)
     nominal = [item.nominal_bits for item in matrices]

@@ -179,7 +179,7 @@ def test_held_out_windows_are_not_watched(tmp_path: Path) -> None:
     source, windows, cache = cached(tmp_path, "x060", count=3)
     before = write_gradients(source, windows, cache, tmp_path / "a", count=9, seed=0)
     assert read_gradients(tmp_path / "a", 0, [linear_weights(source, 0)[0].name])
-    assert len(before) == source.spec.layers
+    assert len(before) == source.spec.layers + 1
     with pytest.raises(ActivationError, match="every window is held out"):
         write_gradients(source, made_up_windows(2, held_out=2), cache, tmp_path / "b", count=1, seed=0)
 
