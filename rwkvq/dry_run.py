@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 
 from rwkvq.calibration.activations import estimate_cache_bytes
-from rwkvq.checkpoint.names import Weight, weights_of
+from rwkvq.checkpoint.names import OUTER, Weight, weights_of
 from rwkvq.formats.trellis import RATES
 from rwkvq.plan.bits import Totals, totals
-from rwkvq.plan.candidates import CurvePoint, candidates_of, read_curves
+from rwkvq.plan.candidates import Candidate, CurvePoint, candidates_of, read_curves
+from rwkvq.plan.outer import outer_candidates
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.plan.policies import Curves, make_plan
 from rwkvq.proxies import table
@@ -159,10 +160,16 @@ def preview_curves(run: Run) -> list[CurvePoint]:
     return [
         CurvePoint(weight.name, item.label, bits := item.layout.stored_bits(), numel * 4.0 ** (-bits / numel))
         for weight in _weights(run)
-        if weight.weight_class in ("matrix", "lora")
-        for item in candidates_of(weight, run.settings.curves.state_bits)
+        for item in _candidates(run, weight)
         for numel in (math.prod(weight.shape),)
     ]
+
+
+def _candidates(run: Run, weight: Weight) -> Sequence[Candidate]:
+    """What stage `curves` measures of a weight."""
+    if weight.tensor in OUTER:
+        return outer_candidates(weight, run.checkpoint.dtype(weight.tensor))
+    return candidates_of(weight, run.settings.curves.state_bits) if weight.weight_class in ("matrix", "lora") else ()
 
 
 def preview_rows(run: Run) -> list[table.Row]:

@@ -25,6 +25,7 @@ ShareBy = Literal["count", "weights", "bits"]
 FormatSet = Literal["quality", "speed"]
 Device = Literal["cpu", "cuda"]
 Bits = Literal[2, 3, 4, 8]
+OuterBits = Literal["auto", 4, 5, 6, 8, 16]
 Dimension = Literal[1, 2, 4]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -124,8 +125,9 @@ class PlanSettings(Section):
     elementwise: Literal["vq", "rtn", "int8", "fp16"] | None = None
     """Format of the element-wise multiplication weights; None = from the preset."""
     lora: Literal["quantize", "int8", "fp16"] = "quantize"
-    emb_bits: Literal[8, 16] = 16
-    head_bits: Literal[8, 16] = 16
+    emb_bits: OuterBits = "auto"
+    head_bits: OuterBits = "auto"
+    """Of embedding and head; 16 = kept as they are. auto: what a budget with `size` decides, else 16."""
 
     @model_validator(mode="before")
     @classmethod

@@ -208,21 +208,20 @@ def _inputs(job: BlockJob, scratch: Path) -> dict[str, Path]:
     """
     files, folder = {_PLAN: Path(job.plan)}, Path(job.activations)
     entries = block.planned_for(Plan.read(Path(job.plan)), job.block)
-    if not block.needs(entries, block.NEEDS_STATISTICS):
+    if any(map(block.reads_gradients, entries)):
+        gradients = gradients_path(Path(job.gradients), job.block)
+        files[gradients.name] = gradients
+    if job.block is None or not any(map(block.reads_activations, entries)):
         return files
-    own = folder / _FIRST if job.block is None else activations.block_path(folder, job.block)
+    own = activations.block_path(folder, job.block)
     for path in (folder / _FIRST, own):
         if not path.is_file():
             raise ActivationError(f"{path}: no such file; {REMEDY}")
     if job.block != 0:
         files[_FIRST] = _key_only(folder / _FIRST, scratch / _FIRST)
-    if job.block is not None:
-        files[own.name] = own
+    files[own.name] = own
     if job.block and (folder / _V_FIRST).is_file():
         files[_V_FIRST] = folder / _V_FIRST
-    if job.block is not None and block.needs(entries, block.NEEDS_GRADIENTS):
-        gradients = gradients_path(Path(job.gradients), job.block)
-        files[gradients.name] = gradients
     return files
 
 

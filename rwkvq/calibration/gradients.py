@@ -158,7 +158,9 @@ class _Pass:
         sums = {weight.name: _Sums(weight.shape[0], count, self.length, self.device) for weight in watched}
 
         def step(item: tuple[int, InputBatch]) -> tuple[int, dict[str, tuple[Tensor, Tensor, Tensor]], HeadSums | None]:
-            own = None if head is None else replace(head, sums=HeadSums(*head.head.shape, self.device))
+            own = (
+                None if head is None else replace(head, sums=HeadSums(len(head.head), head.head.shape[1], self.device))
+            )
             return item[0], self._step(block, weights, watched, own, *item), None if own is None else own.sums
 
         for place, seen, of_head in map_in_order(step, self._batches(block), self.workers):
@@ -246,7 +248,7 @@ class _Head:
         names = ("ln_out.weight", "ln_out.bias")
         weight, bias = (source.tensor(name).reshape(-1).to(device, torch.float32) for name in names)
         head = source.tensor("head.weight").to(device, torch.float32)
-        return cls(weight, bias, head, HeadSums(*head.shape, device))
+        return cls(weight, bias, head, HeadSums(len(head), head.shape[1], device))
 
     def gradient(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """dL/dy [1, time, width] of the summed cross entropy to targets drawn from the softmax of each token.

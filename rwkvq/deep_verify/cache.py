@@ -37,14 +37,14 @@ class Cache:
     @property
     def origin(self) -> str:
         """`computed`, `cache` or `not needed`."""
-        if self.entry.method not in block.NEEDS_STATISTICS or self.entry.block is None:
+        if not (block.reads_activations(self.entry) or self.needs_gradients):
             return "not needed"
         return "computed" if self.given is None else "cache"
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether gradients guide the weight's quantizer."""
-        return self.entry.method in block.NEEDS_GRADIENTS
+        """Whether the weight's quantizer reads what stage `gradients` found."""
+        return block.reads_gradients(self.entry)
 
     def fill(self, folder: Path, progress: Progress) -> Path:
         """The folder that holds the inputs; `folder` if they have to be computed.
@@ -89,7 +89,6 @@ class Cache:
         """
         if not self.needs_gradients:
             return folder
-        assert self.entry.block is not None
         if self.given is not None and gradients_path(self.given.parent / "gradients", self.entry.block).is_file():
             return self.given.parent / "gradients"
         layers = self.source.spec.layers

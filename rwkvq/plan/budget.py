@@ -2,56 +2,74 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rwkvq.checkpoint.names import Weight
-from rwkvq.errors import PlanError, SettingsError
+from rwkvq.errors import PlanError
 from rwkvq.plan.allocate import Option, allocate
-from rwkvq.plan.candidates import Candidate, CurvePoint, allowed, by_weight, candidates_of
+from rwkvq.plan.candidates import Candidate, CurvePoint, allowed, by_weight
+from rwkvq.plan.size import file_bits
 from rwkvq.settings import FormatSet
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)")
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-TENSOR_HEADER_BYTES = 160
-"""What one stored tensor takes in the header of a weight file, at most (measured on released names)."""
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What may be spent on the decided weights, bits, and what the user called it.
+
+    size: of the whole weight file, bytes, where that is the target; then entries of its header count too, as those of
+    a file of less than `largest` bytes.
+    """
+
+    words: str
+    bits: int
+    size: int | None = None
+    largest: int = 0
+
+    def cost(self, name: str, candidate: Candidate) -> int:
+        """Bits that a weight in this format takes of the target."""
+        return candidate.layout.stored_bits() if self.size is None else file_bits(name, candidate.layout, self.largest)
+
+    def check(self, floor: int, weights: int) -> None:
+        """Raise PlanError if the decided weights take at least `floor` bits and that is too much."""
+        if floor <= self.bits:
+            return
+        if self.size is not None:
+            smallest = self.size + -(-(floor - self.bits) // 8)
+            raise PlanError(
+                f"{self.words} cannot be met: the smallest weight file takes {smallest:,} bytes; choose a larger size"
+            )
+        raise PlanError(
+            f"{self.words} cannot be met: at least {floor / weights:.3f} bits a matrix weight are needed, "
+            f"{self.bits / weights:.3f} are left; choose a larger target"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetChoice:
-    """The candidate of every decided weight and why, and the sum of the predicted losses."""
+    """The candidate of every decided weight and why, the bits of the target that are spent, and the predicted loss."""
 
     candidates: Mapping[str, Candidate]
     reasons: Mapping[str, str]
+    bits: int
     loss: float
-
-
-def size_in_bytes(text: str) -> int:
-    """Bytes of `1.2GB`, `800 MB`, `1.5GiB`. Raises SettingsError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise SettingsError("plan.size", [f"{text!r} is no size; expected a number and one of {', '.join(_UNITS)}"])
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def choose(
     decided: Sequence[Weight],
+    candidates: Mapping[str, Sequence[Candidate]],
     points: Sequence[CurvePoint],
-    budget: int,
-    *,
-    state_bits: int,
+    target: Target,
     formats: FormatSet,
-    target: str,
 ) -> BudgetChoice:
-    """Spend `budget` bits on the decided weights. target: the user's words for it, for messages.
+    """Spend the target on the decided weights, each of which gets one of its `candidates` by name.
 
-    Raises PlanError if the budget cannot be met, naming the floor, or the curves are of another model.
+    Raises PlanError if the target cannot be met, naming the floor, or the curves are of another model.
     """
     if not decided:
         raise PlanError("policy budget: no weight is left to decide; set plan.lora to quantize or use another policy")
     curves = by_weight(points)
-    known = {weight.name: {item.label: item for item in candidates_of(weight, state_bits)} for weight in decided}
+    known = {weight.name: {item.label: item for item in candidates[weight.name]} for weight in decided}
     for weight in decided:
         found = curves.get(weight.name, {})
         if not found or any(
@@ -61,25 +79,20 @@ def choose(
             raise PlanError(f"{weight.name}: the table of curves does not fit this model; run the stage `curves` again")
     options = {
         name: [
-            Option(item.label, curves[name][item.label].stored_bits, curves[name][item.label].loss)
-            for item in allowed(candidates.values(), formats)
+            Option(item.label, target.cost(name, item), curves[name][item.label].loss)
+            for item in allowed(labels.values(), formats)
             if item.label in curves[name]
         ]
-        for name, candidates in known.items()
+        for name, labels in known.items()
     }
     if empty := next((name for name, choices in options.items() if not choices), None):
         raise PlanError(f"{empty}: no format of plan.formats {formats} fits it; use plan.formats quality")
-    numel = sum(_numel(weight) for weight in decided)
     floor = sum(min(option.bits for option in choices) for choices in options.values())
-    if floor > budget:
-        raise PlanError(
-            f"{target} cannot be met: at least {floor / numel:.3f} bits a matrix weight are needed, "
-            f"{max(budget, 0) / numel:.3f} are left; choose a larger target"
-        )
-    made = allocate(options, budget)
-    candidates = {name: known[name][label] for name, label in made.labels.items()}
+    target.check(floor, sum(_numel(weight) for weight in decided))
+    made = allocate(options, target.bits)
+    chosen = {name: known[name][label] for name, label in made.labels.items()}
     reasons = {name: _reason(choices, made.labels[name]) for name, choices in options.items()}
-    return BudgetChoice(candidates, reasons, made.loss)
+    return BudgetChoice(chosen, reasons, made.bits, made.loss)
 
 
 def _numel(weight: Weight) -> int:

@@ -64,7 +64,7 @@ def candidates_of(weight: Weight, state_bits: int) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-FAST = ("table",)
+FAST = ("table", "scalar", "dense")
 """Formats that decode at the speed of memory."""
 
 

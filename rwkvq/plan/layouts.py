@@ -172,12 +172,6 @@ LAYOUT_OF: Mapping[Method, Callable[[Weight, Resolved], tuple[Layout, str]]] = {
 """For each method of a policy's arm: the layout of a matrix or LoRA factor, and a remark."""
 
 
-def row_layout(weight: Weight) -> ScalarLayout:
-    """8-bit symmetric rows, for emb and head [vocab, width]."""
-    rows, columns = weight.shape
-    return ScalarLayout(rows, columns, bits=8, group_size=columns, symmetric=True)
-
-
 def elementwise_layout(weight: Weight, settings: Resolved) -> ElementwiseLayout:
     """Codebooks for blocks of channels of a vector [size]."""
     return ElementwiseLayout(weight.shape[0], settings.elementwise.entries, settings.elementwise.block)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from rwkvq.checkpoint.names import Weight, weights_of
+from rwkvq.checkpoint.names import OUTER, Weight, weights_of
 from rwkvq.checkpoint.reader import Checkpoint
 from rwkvq.errors import PlanError
 from rwkvq.formats import Layout
 from rwkvq.plan import layouts
-from rwkvq.plan.budget import TENSOR_HEADER_BYTES, choose, size_in_bytes
-from rwkvq.plan.candidates import CurvePoint
+from rwkvq.plan.budget import Target, choose
+from rwkvq.plan.candidates import CurvePoint, candidates_of
 from rwkvq.plan.decide import Arm, Candidate, Verdict, decide
+from rwkvq.plan.method_options import method_options
 from rwkvq.plan.options import Method
+from rwkvq.plan.outer import outer_candidates, outer_layout, outer_method, outer_options
 from rwkvq.plan.plan import Plan
 from rwkvq.plan.presets import Resolved, resolve_preset
+from rwkvq.plan.size import file_bits, files_bits, size_in_bytes
 from rwkvq.plan.tensor import PlannedTensor, ProxyValues
 from rwkvq.proxies.table import Row
 from rwkvq.settings import CurvesSettings, PlanSettings, Policy, QuantizeSettings
@@ -38,8 +40,6 @@ ARM_OF: Mapping[Policy, tuple[Arm, Method]] = {
 
 DEFAULT_BPW = 3.275
 """Target of policy `budget`: the stored bits that the paper states for its models."""
-PARTS_AT_MOST = 5
-"""Stored tensors of one weight in any candidate format."""
 
 METHOD_OF: Mapping[Arm, Method] = {"sq": "gptq", "vq": "gptvq"}
 """The method of each arm under policy `rwkvquant`."""
@@ -84,7 +84,7 @@ def make_plan(
     names = {weight.name for weight in decided}
     fixed = {w.name: _choose_fixed(w, source.dtype(w.tensor), settings) for w in weights if w.name not in names}
     if settings.policy == "budget":
-        choices, decision = _spend(decided, fixed, plan, curves)
+        choices, decision = _spend(source, decided, fixed, plan, curves)
         thresholds: dict[str, float] = {}
     else:
         verdict = _judge(decided, table, settings)
@@ -111,48 +111,56 @@ def make_plan(
 
 
 def _spend(
-    decided: Sequence[Weight], fixed: Mapping[str, _Choice], plan: PlanSettings, curves: Curves | None
+    source: Checkpoint,
+    decided: Sequence[Weight],
+    fixed: Mapping[str, _Choice],
+    plan: PlanSettings,
+    curves: Curves | None,
 ) -> tuple[dict[str, _Choice], dict[str, str | float]]:
     """What policy `budget` gives the decided weights, and its target and prediction for the plan's header."""
     if curves is None:
         raise PlanError("policy budget: no table of curves; run the stage `curves` first")
-    numel = sum(math.prod(weight.shape) for weight in decided)
-    target: dict[str, str | float]
+    state_bits = curves.settings.state_bits
+    candidates = {
+        weight.name: outer_candidates(weight, source.dtype(weight.tensor))
+        if weight.tensor in OUTER
+        else candidates_of(weight, state_bits)
+        for weight in decided
+    }
+    bpw = DEFAULT_BPW if plan.bpw is None else plan.bpw
     if plan.size is None:
-        bpw = DEFAULT_BPW if plan.bpw is None else plan.bpw
-        bits, target, words = int(bpw * numel), {"bpw": bpw}, f"plan.bpw {bpw:g}"
+        numel = sum(math.prod(weight.shape) for weight in decided)
+        target = Target(f"plan.bpw {bpw:g}", int(bpw * numel))
     else:
-        bits, target, words = bits_left(plan.size, decided, fixed), {"size": plan.size}, f"plan.size {plan.size}"
-    chosen = choose(
-        decided,
-        curves.points,
-        bits,
-        state_bits=curves.settings.state_bits,
-        formats=plan.formats,
-        target=words,
-    )
+        target = _size_target(source, plan.size, fixed)
+    chosen = choose(decided, candidates, curves.points, target, plan.formats)
+    asked: dict[str, str | float] = {"bpw": bpw}
+    if plan.size is not None and target.size is not None:
+        asked = {"size": plan.size, "predicted_bytes": target.size - (target.bits - chosen.bits) // 8}
     choices = {
         name: _Choice(candidate.layout, candidate.method, chosen.reasons[name])
         for name, candidate in chosen.candidates.items()
     }
     return choices, {
-        **target,
+        **asked,
         "formats": plan.formats,
-        "state_bits": curves.settings.state_bits,
+        "state_bits": state_bits,
         "predicted_kl": chosen.loss,
     }
 
 
-def bits_left(size: str, decided: Sequence[Weight], fixed: Mapping[str, _Choice]) -> int:
-    """What a weight file of `size` leaves for the decided weights, once the others and its header are stored."""
-    stored = sum(choice.layout.stored_bits() for choice in fixed.values())
-    tensors = PARTS_AT_MOST * len(decided) + sum(len(choice.layout.parts()) for choice in fixed.values())
-    return 8 * (size_in_bytes(size) - TENSOR_HEADER_BYTES * (tensors + 1)) - stored
+def _size_target(source: Checkpoint, text: str, fixed: Mapping[str, _Choice]) -> Target:
+    """What a weight file of this size leaves for the decided weights."""
+    size, largest = size_in_bytes(text), 4 * sum(math.prod(source.shape(name)) for name in source.names())
+    taken = sum(file_bits(name, choice.layout, largest) for name, choice in fixed.items())
+    return Target(f"plan.size {text}", 8 * size - files_bits(size) - taken, size, largest)
 
 
 def _planned(
     weight: Weight, tensor_shape: tuple[int, ...], choice: _Choice, row: Row | None, settings: Resolved, guide: float
 ) -> PlannedTensor:
+    # what is stored in 8 bits outside the arms gains nothing from cutting off extremes
+    clip_search = settings.scalar.clip_search and _is_decided(weight, settings)
     return PlannedTensor(
         name=weight.name,
         tensor=weight.tensor,
@@ -163,15 +171,18 @@ def _planned(
         tensor_shape=tensor_shape,
         layout=choice.layout,
         method=choice.method,
-        options=method_options(choice.method, weight, settings, guide),
+        options=outer_options(choice.layout, choice.method, settings)
+        if weight.tensor in OUTER
+        else method_options(choice.method, settings, clip_search=clip_search, guide=guide),
         reason=choice.reason,
         proxies=_proxy_values(row, settings),
     )
 
 
 def _is_decided(weight: Weight, settings: Resolved) -> bool:
-    """True for the weights that go to one of the two arms."""
-    return weight.weight_class == "matrix" or (weight.weight_class == "lora" and settings.lora == "quantize")
+    """True for the weights that go to one of the two arms, and those whose width the budget decides."""
+    is_open = settings.outer_bits.get(weight.tensor) == "auto"
+    return is_open or weight.weight_class == "matrix" or (weight.weight_class == "lora" and settings.lora == "quantize")
 
 
 def _checked_rows(weights: Sequence[Weight], rows: Sequence[Row]) -> dict[str, Row]:
@@ -228,11 +239,10 @@ def _choose_fixed(weight: Weight, dtype: torch.dtype, settings: Resolved) -> _Ch
             return _Choice(layouts.half_layout(weight, dtype), "keep", "plan.lora is fp16")
         layout, remark = layouts.scalar_layout(weight, settings, 8)
         return _Choice(layout, "rtn", _joined("plan.lora is int8", remark))
-    bits = {"emb.weight": settings.emb_bits, "head.weight": settings.head_bits}.get(weight.tensor, 0)
-    if bits == 8:
-        return _Choice(layouts.row_layout(weight), "rtn", f"plan.{weight.tensor.split('.')[0]}_bits is 8")
-    if bits:
-        return _Choice(layouts.kept_layout(weight, dtype), "keep", f"plan.{weight.tensor.split('.')[0]}_bits is 16")
+    if weight.tensor in OUTER:
+        bits = int(settings.outer_bits[weight.tensor])
+        method = outer_method(weight, bits, guided=settings.policy == "budget")
+        return _Choice(outer_layout(weight, dtype, bits), method, f"plan.{weight.tensor.split('.')[0]}_bits is {bits}")
     return _Choice(layouts.kept_layout(weight, dtype), "keep", "norms, biases and decay vectors are never quantized")
 
 
@@ -256,38 +266,3 @@ def _choose_elementwise(weight: Weight, dtype: torch.dtype, settings: Resolved) 
 
 def _joined(reason: str, remark: str) -> str:
     return f"{reason}; {remark}" if remark else reason
-
-
-def method_options(method: Method, weight: Weight, settings: Resolved, guide: float = 0.0) -> dict[str, Any]:
-    """The options of a method as plain values (plan.options.OPTIONS_OF); guide: of methods that gradients guide."""
-    scalar, vector, elementwise = settings.scalar, settings.vector, settings.elementwise
-    # what is stored in 8 bits outside the arms gains nothing from cutting off extremes
-    clip_search = scalar.clip_search and _is_decided(weight, settings)
-    gptq = {
-        "clip_search": clip_search,
-        "static_groups": scalar.static_groups,
-        "act_order": scalar.act_order,
-        "sweeps": settings.sweeps,
-        "damping": settings.damping,
-    }
-    options: Mapping[Method, dict[str, Any]] = {
-        "keep": {},
-        "rtn": {"clip_search": clip_search},
-        "gptq": gptq,
-        "kmeans": {"iterations": vector.iterations},
-        "gptvq": {
-            "iterations": vector.iterations,
-            "exact_assignment": vector.exact_assignment,
-            "m_step": vector.m_step,
-            "sweeps": settings.sweeps,
-            "damping": settings.damping,
-        },
-        "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
-        "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
-        "table": {"guide": guide, "row_weights": True, "damping": settings.damping},
-        "awq": {"clip_search": clip_search},
-        "rotation": gptq,
-        "hqq": {},
-        "residual": {"iterations": vector.iterations, "damping": settings.damping},
-    }
-    return options[method]

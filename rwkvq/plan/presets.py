@@ -11,6 +11,7 @@ from rwkvq.settings import (
     DecisionMode,
     DecisionSettings,
     GapMode,
+    OuterBits,
     PlanSettings,
     Policy,
     Preset,
@@ -116,8 +117,8 @@ class Resolved:
     vector: VectorArm
     elementwise: ElementwiseArm
     lora: Literal["quantize", "int8", "fp16"]
-    emb_bits: int
-    head_bits: int
+    outer_bits: Mapping[str, OuterBits]
+    """Of embedding and head, by tensor; auto = the budget decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,12 @@ _MODE_OF: Mapping[str, DecisionMode] = {
 
 def _or(explicit: _Value | None, default: _Value) -> _Value:
     return default if explicit is None else explicit
+
+
+def _outer_bits(plan: PlanSettings, bits: OuterBits) -> OuterBits:
+    """Only a budget of the whole file leaves the width of embedding or head open."""
+    is_open = plan.policy == "budget" and plan.size is not None
+    return bits if bits != "auto" or is_open else 16
 
 
 def _resolve_decision(settings: DecisionSettings, default: Decision) -> Decision:
@@ -269,6 +276,5 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
             entries=elementwise.entries,
         ),
         lora=plan.lora,
-        emb_bits=plan.emb_bits,
-        head_bits=plan.head_bits,
+        outer_bits={"emb.weight": _outer_bits(plan, plan.emb_bits), "head.weight": _outer_bits(plan, plan.head_bits)},
     )

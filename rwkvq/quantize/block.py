@@ -37,7 +37,7 @@ from rwkvq.formats import (
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import awq, elementwise, gptq, gptvq, hqq, kmeans, residual, rotation, rtn, tables, trellis
 from rwkvq.quantize.hessian import FLOAT64_COLUMNS, row_chunks
-from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, collect_inputs
+from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, collect_inputs, outer_inputs
 from rwkvq.quantize.results import TensorError, read_done, tensor_path, write_result
 from rwkvq.settings import Device
 
@@ -48,6 +48,7 @@ CODE = (
     "rwkvq.formats",
     "rwkvq.models",
     "rwkvq.calibration.gradients",
+    "rwkvq.calibration.outer",
     "rwkvq.calibration.sites",
     "rwkvq.calibration.spill",
     "rwkvq.calibration.statistics",
@@ -73,7 +74,7 @@ class BlockJob:
     out_dir: str
     block: int | None
     gradients: str = ""
-    """Folder of stage `gradients`, for plans with a method in NEEDS_GRADIENTS."""
+    """Folder of stage `gradients`, for plans with weights that `reads_gradients` names."""
     device: Device = "cpu"
     """Where statistics are taken, and codes of a method in ON_GPU are searched."""
 
@@ -96,8 +97,8 @@ def work_key(entry: PlannedTensor, model: str, windows: str, gradients: str = ""
         "method": entry.method,
         "options": entry.options,
         "model": model,
-        "windows": windows if entry.method in NEEDS_STATISTICS else None,
-        "gradients": gradients if entry.method in NEEDS_GRADIENTS else None,
+        "windows": windows if reads_activations(entry) else None,
+        "gradients": gradients if reads_gradients(entry) else None,
         "device": device if entry.method in NEEDS_STATISTICS else None,
         "code": code_version(CODE),
     }
@@ -107,22 +108,26 @@ def work_key(entry: PlannedTensor, model: str, windows: str, gradients: str = ""
 def work_keys(work: BlockJob, plan: Plan) -> dict[str, str]:
     """Work key by name of every planned tensor of a block. Raises ActivationError."""
     entries = planned_for(plan, work.block)
-    windows = activations.cache_windows(Path(work.activations)) if needs(entries, NEEDS_STATISTICS) else ""
-    gradients = _gradients_hash(work) if needs(entries, NEEDS_GRADIENTS) else ""
+    windows = activations.cache_windows(Path(work.activations)) if any(map(reads_activations, entries)) else ""
+    gradients = _gradients_hash(work) if any(map(reads_gradients, entries)) else ""
     return {entry.name: work_key(entry, plan.model_sha256, windows, gradients, work.device) for entry in entries}
 
 
 def _gradients_hash(work: BlockJob) -> str:
-    assert work.block is not None
     path = gradients_path(Path(work.gradients), work.block)
     if not path.is_file():
         raise ActivationError(f"{path}: no such file; run the gradients stage again")
     return sha256_of_file(path)
 
 
-def needs(entries: list[PlannedTensor], methods: Collection[str]) -> bool:
-    """Whether any of the entries has one of the methods."""
-    return any(entry.method in methods for entry in entries)
+def reads_activations(entry: PlannedTensor) -> bool:
+    """Whether a weight is quantized with statistics of its block's inputs."""
+    return entry.method in NEEDS_STATISTICS and entry.block is not None
+
+
+def reads_gradients(entry: PlannedTensor) -> bool:
+    """Whether a weight is quantized with what stage `gradients` found; of embedding and head that is all there is."""
+    return entry.method in (NEEDS_STATISTICS if entry.block is None else NEEDS_GRADIENTS)
 
 
 def run(job: Mapping[str, Any], on_event: OnEvent) -> list[str]:
@@ -165,8 +170,10 @@ def _weights(source: WeightSource) -> dict[str, Weight]:
 
 def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor], device: torch.device) -> Inputs:
     wanted = [entry for entry in todo if entry.method in NEEDS_STATISTICS]
-    if not wanted or work.block is None:
+    if not wanted:
         return NOTHING
+    if work.block is None:
+        return outer_inputs(Path(work.gradients), {entry.name for entry in wanted})
     catalogue = _weights(source)
     elementwise = _common(work, wanted, {"elementwise"}, ("weight", "percentile"), ("none", 100.0))
     guided = [entry.name for entry in wanted if entry.method in NEEDS_GRADIENTS]

@@ -38,7 +38,7 @@ STATE_BITS = 12
 EVERY, TOKENS_PER_INPUT = 4, 16
 """One batch of calibration windows out of so many is used, or of fewer where that leaves less tokens than this for each
 input of the widest weight."""
-CODE = (*BLOCK_CODE, "rwkvq.plan.candidates")
+CODE = (*BLOCK_CODE, "rwkvq.plan.candidates", "rwkvq.plan.outer")
 """The sources that decide the curves."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvq.calibration import activations, statistics
 from rwkvq.calibration.gradients import Sensitivity, read_gradients
+from rwkvq.calibration.outer import read_outer
 from rwkvq.calibration.statistics import Weighting
 from rwkvq.checkpoint.names import Weight
 from rwkvq.checkpoint.reader import WeightSource
@@ -90,6 +91,13 @@ def collect_inputs(
     }
     fisher = {name: item.fisher.to(device) for name, item in sensitivities.items()}
     return Inputs(collected.second_moments.renamed(keys), collected.importance, fisher)
+
+
+def outer_inputs(gradients: Path, wanted: Collection[str]) -> Inputs:
+    """The statistics of embedding or head, from the folder of stage `gradients`. Raises ActivationError."""
+    found = {name: item for name, item in read_outer(gradients).items() if name in wanted}
+    moments = {name: item.second_moment for name, item in found.items()}
+    return Inputs(moments, {}, {name: item.fisher for name, item in found.items()})
 
 
 def token_weights(sensitivity: Sensitivity, used: tuple[int, int], calibration: Calibration) -> Tensor:

@@ -20,7 +20,7 @@ from rwkvq.errors import QuantizationError
 from rwkvq.files import Progress, remove_leftovers
 from rwkvq.plan.candidates import CurvePoint, write_curves
 from rwkvq.plan.plan import Plan, PlannedTensor
-from rwkvq.quantize import block, curves
+from rwkvq.quantize import block, curves, outer_curves
 from rwkvq.quantize.results import tensor_path
 from rwkvq.quantize.trellis import TrellisOptions
 from rwkvq.run import Run
@@ -57,31 +57,46 @@ def _jobs_of(run: Run, plan: Plan) -> list[block.BlockJob]:
 
 
 def measure_curves(run: Run, progress: Progress) -> None:
-    """Stage `curves`: one job a block on the run's pool, or on one of its own; the table is written at the end."""
+    """Stage `curves`: one job a block, and one for embedding and head, on the run's pool or on one of its own.
+
+    The table is written at the end.
+    """
     settings, limits = run.settings.curves, run.settings.run
     spec = run.checkpoint.spec
     places = str(run.model_path), str(run.activations), str(run.gradients), str(run.curves.parent)
     numbers = settings.sample, settings.state_bits, settings.guide, TrellisOptions().damping
-    jobs = [curves.CurveJob(*places, block_, *numbers, limits.device) for block_ in range(spec.layers)]
+    outer = outer_curves.OuterCurveJob(
+        str(run.model_path), str(run.gradients), settings.sample, TrellisOptions().damping
+    )
+    jobs: list[tuple[str, str, dict[str, Any]]] = [
+        (
+            f"block {index}",
+            "rwkvq.quantize.curves:run",
+            asdict(curves.CurveJob(*places, index, *numbers, limits.device)),
+        )
+        for index in range(spec.layers)
+    ]
+    jobs.append(("embedding and head", "rwkvq.quantize.outer_curves:run", asdict(outer)))
 
-    def work(pool: WorkerPool, job: curves.CurveJob) -> list[dict[str, Any]]:
+    def work(pool: WorkerPool, job: tuple[str, str, dict[str, Any]]) -> list[dict[str, Any]]:
+        name, function, values = job
         run_job = partial(
             pool.run,
-            "rwkvq.quantize.curves:run",
-            asdict(job),
+            function,
+            values,
             timeout=limits.task_timeout,
             retries=limits.retries,
             on_event=lambda event: None,
-            label=f"curves-{job.block:03d}",
+            label=f"curves of {name}",
         )
         points: list[dict[str, Any]] = healed(run, run_job)
         return points
 
     points: list[CurvePoint] = []
-    with nullcontext(run.pool) if run.pool else WorkerPool(min(run.workers, spec.layers), limits.threads) as pool:
+    with nullcontext(run.pool) if run.pool else WorkerPool(min(run.workers, len(jobs)), limits.threads) as pool:
         for done, found in enumerate(map_in_order(partial(work, pool), jobs, run.workers), 1):
             points += [CurvePoint(**point) for point in found]
-            progress(f"curves of block {done - 1}", done, spec.layers)
+            progress(f"curves of {jobs[done - 1][0]}", done, len(jobs))
     write_curves(run.curves, points, {"model_sha256": run.checkpoint.identity()})
 
 

@@ -13,7 +13,7 @@ from rwkvq.device import torch_device
 from rwkvq.errors import EvaluationError, RwkvqError
 from rwkvq.files import Progress, code_version, no_progress
 from rwkvq.models.tokenizer import check_fits, load_tokenizer
-from rwkvq.quantize.block import NEEDS_GRADIENTS
+from rwkvq.quantize.block import reads_gradients
 from rwkvq.run import Run, text_hash, tokenizer_hash
 from rwkvq.stages.blocks import checked_plan
 from rwkvq.stages.healing import heal_inputs
@@ -119,8 +119,8 @@ def run_line(
 
 def _stages_with(run: Run, plan_file: Path) -> list[str]:
     """The stages of a run with a plan made elsewhere, whose methods may need more than those of the run's policy."""
-    methods = {entry.method for entry in checked_plan(run, plan_file).tensors}
-    needed = {*stages_of(run), "activations"} | ({"gradients"} if methods & NEEDS_GRADIENTS else set())
+    is_guided = any(map(reads_gradients, checked_plan(run, plan_file).tensors))
+    needed = {*stages_of(run), "activations"} | ({"gradients"} if is_guided else set())
     return [name for name in STAGES if name in needed]
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rwkvq.checkpoint.names import Weight
+from rwkvq.artifact.layout import FORMAT, entries_of
+from rwkvq.checkpoint.names import OUTER, Weight, weights_of
 from rwkvq.checkpoint.reader import Checkpoint
+from rwkvq.checkpoint.writer import safetensors_header
 from rwkvq.errors import PlanError, SettingsError
+from rwkvq.formats import ScalarLayout
 from rwkvq.plan.bits import totals
-from rwkvq.plan.budget import size_in_bytes
 from rwkvq.plan.candidates import CurvePoint, candidates_of, read_curves, write_curves
+from rwkvq.plan.outer import WIDTHS, outer_candidates
 from rwkvq.plan.plan import Plan
 from rwkvq.plan.policies import Curves, make_plan
+from rwkvq.plan.size import size_in_bytes
 from rwkvq.settings import CurvesSettings, PlanSettings, QuantizeSettings, Settings, parse
 from tests.packed import tiny_source
 from tests.unit.test_gradients import linear_weights
@@ -36,6 +41,19 @@ def made_up_curves(source: Checkpoint) -> list[CurvePoint]:
             for item in candidates_of(weight, STATE_BITS):
                 bits, numel = item.layout.stored_bits(), weight.shape[0] * weight.shape[1]
                 loss = (100.0 if turn % 2 else 1.0) * numel * 4.0 ** (-bits / numel)
+                points.append(CurvePoint(weight.name, item.label, bits, loss))
+    return points + outer_curves(source, 1.0)
+
+
+def outer_curves(source: Checkpoint, factor: float) -> list[CurvePoint]:
+    """Of embedding and head, whose weights matter `factor` times as much as the least."""
+    shapes = {name: source.shape(name) for name in source.names()}
+    points = []
+    for weight in weights_of(source.spec, shapes):
+        if weight.tensor in OUTER:
+            for item in outer_candidates(weight, source.dtype(weight.tensor)):
+                bits, numel = item.layout.stored_bits(), weight.shape[0] * weight.shape[1]
+                loss = 0.0 if item.method == "keep" else factor * numel * 4.0 ** (-bits / numel)
                 points.append(CurvePoint(weight.name, item.label, bits, loss))
     return points
 
@@ -70,19 +88,63 @@ def test_weights_that_matter_get_more_bits(source: Checkpoint) -> None:
     assert min(rates[True]) > max(rates[False])
 
 
+def file_bytes(plan: Plan) -> int:
+    """Bytes of the weight file that would be written."""
+    entries = [entry for tensor in plan.tensors for entry in entries_of(tensor)]
+    header, _ = safetensors_header(entries, {"format": FORMAT})
+    return len(header) + totals(plan).total_stored_bits // 8
+
+
 def test_a_size_is_that_of_the_whole_file(source: Checkpoint) -> None:
     points = made_up_curves(source)
-    for size in ("900kB", "1.0MB", "1000 KiB"):
+    for size in ("600kB", "700kB", "800 KiB"):
         plan = plan_for(source, points, size=size)
-        stored = totals(plan).total_stored_bits / 8
-        assert 0.9 * size_in_bytes(size) < stored < size_in_bytes(size)
+        predicted, real = int(plan.decision["predicted_bytes"]), file_bytes(plan)
+        assert real <= predicted < 1.005 * real
+        assert 0.98 * size_in_bytes(size) < predicted <= size_in_bytes(size)
         assert plan.decision["size"] == size
+
+
+def test_a_size_decides_embedding_and_head_with_all_the_rest(source: Checkpoint) -> None:
+    points = [point for point in made_up_curves(source) if point.name not in OUTER]
+
+    def widths(factor: float, **plan: object) -> list[int]:
+        made = plan_for(source, points + outer_curves(source, factor), **plan)
+        entries = {entry.name: entry for entry in made.tensors}
+        return [
+            entry.layout.bits if isinstance(entry.layout, ScalarLayout) else 16
+            for entry in (entries[name] for name in OUTER)
+        ]
+
+    assert widths(0.01, size="600kB") == [4, 4]
+    assert widths(1e6, size="1.0MB") == [16, 16]
+    assert set(widths(10.0, size="700kB")) <= set(WIDTHS)
+    assert widths(0.01, size="700kB", head_bits=6) == [4, 6]
+    assert widths(0.01, bpw=3.0) == [16, 16]
+    assert widths(0.01, bpw=3.0, emb_bits=5) == [5, 16]
+
+
+def test_the_head_is_rounded_with_feedback_and_the_embedding_to_the_nearest(source: Checkpoint) -> None:
+    plan = plan_for(source, made_up_curves(source), bpw=3.0, emb_bits=4, head_bits=8)
+    emb, head = ({entry.name: entry for entry in plan.tensors}[name] for name in OUTER)
+    assert (emb.method, emb.options) == ("rtn", {"clip_search": True})
+    assert emb.layout == ScalarLayout(320, 256, 4, 64, True) and emb.reason == "plan.emb_bits is 4"
+    assert head.method == "gptq" and head.layout == ScalarLayout(320, 256, 8, 256, True)
+    fixed = {"clip_search": False, "static_groups": False, "act_order": False}
+    assert head.options == fixed | {"sweeps": 1, "damping": 0.02}
+    without_gradients = make_plan(source, [], PlanSettings(policy="sq", head_bits=5), QuantizeSettings(), 0)
+    assert without_gradients.tensors[-1].method == "rtn"
 
 
 def test_targets_out_of_reach_name_the_floor(source: Checkpoint) -> None:
     points = made_up_curves(source)
-    with pytest.raises(PlanError, match=r"plan\.size 1kB cannot be met: at least 1\.\d+ bits .* 0\.000 are left"):
+    with pytest.raises(PlanError, match=r"plan\.size 1kB cannot be met: .* takes [\d,]+ bytes; choose") as error:
         plan_for(source, points, size="1kB")
+    (floor,) = re.findall(r"takes ([\d,]+) bytes", str(error.value))
+    smallest = int(floor.replace(",", ""))
+    assert plan_for(source, points, size=f"{smallest}B").decision["predicted_bytes"] == smallest
+    with pytest.raises(PlanError, match=f"takes {floor} bytes"):
+        plan_for(source, points, size=f"{smallest - 1}B")
     dear = [point for point in points if point.candidate.startswith("trellis-3")]
     with pytest.raises(PlanError, match=r"plan\.bpw 2 cannot be met: at least 3\.\d+ bits .* choose a larger target"):
         plan_for(source, dear, bpw=2.0)
@@ -106,7 +168,9 @@ def test_two_targets_are_refused() -> None:
 
 
 def test_curves_of_another_model_are_refused(source: Checkpoint) -> None:
-    points = made_up_curves(source)
+    points = [point for point in made_up_curves(source) if point.name not in OUTER]
+    with pytest.raises(PlanError, match=r"emb\.weight: .* run the stage `curves` again"):
+        plan_for(source, points, size="700kB")
     without = [point for point in points if point.name != points[0].name]
     for wrong in (without, [*points[:-1], CurvePoint(points[-1].name, points[-1].candidate, 1, 1.0)], []):
         with pytest.raises(PlanError, match="run the stage `curves` again"):

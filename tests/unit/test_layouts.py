@@ -166,7 +166,6 @@ def test_other_layouts() -> None:
     assert layouts.elementwise_scalar_layout(weight("elementwise", 96), resolved(), 8) == ScalarLayout(
         1, 96, 8, 32, False
     )
-    assert layouts.row_layout(weight("keep", 1000, 96)) == ScalarLayout(1000, 96, 8, 96, True)
     # 3-bit codes, 8 int8 values for 64 channels, one fp16 scale
     assert layouts.elementwise_layout(vector, resolved()).stored_bits() == 320 * 4.25
 

@@ -1,0 +1,45 @@
+"""The options of every method, from resolved settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rwkvq.plan.options import Method
+from rwkvq.plan.presets import Resolved
+
+
+def method_options(method: Method, settings: Resolved, *, clip_search: bool, guide: float) -> dict[str, Any]:
+    """The options of a method as plain values (plan.options.OPTIONS_OF).
+
+    clip_search: of this weight, where its method has it; guide: of methods that gradients guide.
+    """
+    scalar, vector, elementwise = settings.scalar, settings.vector, settings.elementwise
+    gptq = {
+        "clip_search": clip_search,
+        "static_groups": scalar.static_groups,
+        "act_order": scalar.act_order,
+        "sweeps": settings.sweeps,
+        "damping": settings.damping,
+    }
+    options: Mapping[Method, dict[str, Any]] = {
+        "keep": {},
+        "rtn": {"clip_search": clip_search},
+        "gptq": gptq,
+        "kmeans": {"iterations": vector.iterations},
+        "gptvq": {
+            "iterations": vector.iterations,
+            "exact_assignment": vector.exact_assignment,
+            "m_step": vector.m_step,
+            "sweeps": settings.sweeps,
+            "damping": settings.damping,
+        },
+        "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
+        "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
+        "table": {"guide": guide, "row_weights": True, "damping": settings.damping},
+        "awq": {"clip_search": clip_search},
+        "rotation": gptq,
+        "hqq": {},
+        "residual": {"iterations": vector.iterations, "damping": settings.damping},
+    }
+    return options[method]
