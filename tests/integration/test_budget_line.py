@@ -125,3 +125,48 @@ def test_the_preview_says_what_will_run(tmp_path: Path, capsys: pytest.CaptureFi
     sets = [part for item in BUDGET for part in ("--set", item)]
     shown = command(capsys, "plan", "--params", params, *sets)
     assert shown.code == 0 and all(word in shown.err for word in ("gradients", "curves", "trellis"))
+
+
+@pytest.fixture(scope="module", params=["x070", "x060"])
+def sized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Run]:
+    values = write_inputs(tmp_path_factory.mktemp(request.param), request.param, width=256, vocab=2000)
+    values["plan"] = {"policy": "budget", "size": "1300kB"}
+    run = Run(settings_of(values))
+    stages.run_line(run)
+    return values, run
+
+
+def test_a_size_is_met_with_embedding_and_head_in_the_budget(sized: tuple[dict[str, Any], Run]) -> None:
+    _, run = sized
+    artifact = open_artifact(run.artifact)
+    size, predicted = artifact.file_bytes, int(artifact.plan.decision["predicted_bytes"])
+    assert size == (run.artifact / "model.safetensors").stat().st_size
+    assert 1_290_000 < size <= predicted <= min(1_300_000, 1.005 * size)
+    plan = {entry.name: entry for entry in artifact.plan.tensors}
+    assert plan["head.weight"].method == "gptq" and plan["emb.weight"].method == "rtn"
+    assert verify(run.artifact).stored_bits == totals(artifact.plan).total_stored_bits
+    head, emb = artifact.errors["head.weight"], artifact.errors["emb.weight"]
+    assert 0 < head["output_error"] < 0.02 and emb["output_error"] is None
+
+
+def test_embedding_and_head_are_made_again_alone(sized: tuple[dict[str, Any], Run]) -> None:
+    values, run = sized
+    sealed = tree_hash(run.artifact)
+    (run.quantized / "outer" / "head.weight.safetensors").unlink()
+    again = {result.stage: result for result in stages.run_line(Run(settings_of(values, "run.workers=2")))}
+    assert again["quantize"].ran and tree_hash(run.artifact) == sealed
+
+
+def test_the_head_is_proved_and_travels(sized: tuple[dict[str, Any], Run], tmp_path: Path) -> None:
+    values, run = sized
+    for cache in (None, run.activations):
+        evidence = Evidence(Path(values["model"]), activations=cache, tensor="head.weight")
+        assert deep_verify(open_artifact(run.artifact), evidence).method == "gptq"
+    store = Store(f"file://{tmp_path / 'store'}")
+    (job,) = [job for job in stages.block_jobs(run) if job.block is None]
+    elsewhere = block.BlockJob(**{**asdict(job), "out_dir": str(tmp_path / "elsewhere")})
+    remote = transfer.send(store, elsewhere)
+    assert [file.name for file in remote.inputs] == ["outer.safetensors"]
+    transfer.run(asdict(remote), lambda event: None)
+    assert transfer.collect(store, elsewhere) == []
+    assert tree_hash(elsewhere.folder) == tree_hash(job.folder)
