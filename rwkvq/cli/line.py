@@ -37,7 +37,7 @@ def quantize(
         float | None, typer.Option(help="Stored bits per weight of matrices and LoRA factors, 2 to 8 [default: 3.275].")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Size of the whole weight file instead, such as 1.2GB or 800MiB.")
+        str | None, typer.Option(help="Size of the whole weight file instead, embedding and head too: 1.2GB, 800MiB.")
     ] = None,
     formats: Annotated[
         str | None,

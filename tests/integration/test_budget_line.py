@@ -13,6 +13,7 @@ from rwkvq import stages, transfer
 from rwkvq.artifact.reader import open_artifact
 from rwkvq.artifact.verify import verify
 from rwkvq.deep_verify.proof import Evidence, deep_verify
+from rwkvq.dry_run import preview_plan
 from rwkvq.errors import ActivationError
 from rwkvq.plan.bits import totals
 from rwkvq.quantize import block
@@ -170,3 +171,8 @@ def test_the_head_is_proved_and_travels(sized: tuple[dict[str, Any], Run], tmp_p
     transfer.run(asdict(remote), lambda event: None)
     assert transfer.collect(store, elsewhere) == []
     assert tree_hash(elsewhere.folder) == tree_hash(job.folder)
+
+
+def test_a_dry_run_meets_the_size_without_curves(sized: tuple[dict[str, Any], Run], tmp_path: Path) -> None:
+    plan = preview_plan(Run(settings_of(sized[0], f"run_dir={tmp_path / 'none'}")))
+    assert 1_290_000 < int(plan.decision["predicted_bytes"]) <= 1_300_000
