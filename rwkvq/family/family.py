@@ -208,7 +208,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
 
 def _sharing(out: Path, cells: Sequence[Cell]) -> list[Cell]:
     """The cells with their shared folders: one a model, or one for each difference in what is shared."""
-    keys = {cell.name: _shared_key(cell.settings) for cell in cells}
+    keys = {cell.name: shared_key(cell.settings) for cell in cells}
     result = []
     for cell in cells:
         of_model = {keys[other.name] for other in cells if other.model == cell.model}
@@ -218,7 +218,7 @@ def _sharing(out: Path, cells: Sequence[Cell]) -> list[Cell]:
     return result
 
 
-def _shared_key(settings: Settings) -> str:
+def shared_key(settings: Settings) -> str:
     """Hash of all settings that decide what the shared stages write."""
     values = settings.model_dump(mode="json", include={"model", "seed", *SHARED})
     return sha256_of_bytes(canonical_json(values).encode())

@@ -25,6 +25,7 @@ ORDER = [
     {"stages"},
     {"deep_verify", "dry_run", "publish"},
     {"family"},
+    {"ablations"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
