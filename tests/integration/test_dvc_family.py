@@ -37,6 +37,7 @@ def stages() -> dict[str, dict[str, set[str]]]:
                 "params": {name for dep in stage.deps for name in getattr(dep, "params", [])},
             }
             for stage in repo.index.stages
+            if stage.path_in_repo == "dvc.yaml"
         }
 
 
