@@ -13,6 +13,7 @@ from rwkvq import stages
 from rwkvq.artifact.reader import open_artifact
 from rwkvq.artifact.verify import verify
 from rwkvq.checkpoint.reader import open_checkpoint
+from rwkvq.checkpoint.spec import Version
 from rwkvq.checkpoint.writer import export_checkpoint
 from rwkvq.dry_run import dry_run
 from rwkvq.engine.model import Engine
