@@ -56,13 +56,19 @@ class Texts:
         self._arms = arms
         self._settings = arms.study.evaluation(arms.model)
         self._tokenizer = load_tokenizer(next(iter(arms.runs.values())).tokenizer_path)
+        self._evaluated: dict[Text, Tensor] = {}
 
     def ids(self, text: Text, subject: Subject) -> Tensor:
         """Windows of tokens, int64 [windows, length]. Raises SettingsError, TextError."""
-        settings = self._settings
         if text == "calibration":
             windows = read_windows(self._arms.runs[subject.base].windows)
             return torch.from_numpy(windows.ids[~windows.held_out][:CALIBRATION_WINDOWS]).long()
+        if text not in self._evaluated:
+            self._evaluated[text] = self._cut(text)
+        return self._evaluated[text]
+
+    def _cut(self, text: Text) -> Tensor:
+        settings = self._settings
         if settings.text is None:
             raise SettingsError(self._arms.study.out, ["evaluate.text: missing, models are measured on it"])
         whole = "\n\n".join(read_texts(settings.text, settings.field, Path()))
@@ -112,8 +118,9 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> dict[str, Any]:
     cases = CASES[experiment](arms) if experiment in CASES else []
     texts = Texts(arms)
     files = {case.label: study.measured / f"{measurement_key(arms, texts, case)}.json" for case in cases}
-    missing = [case for case in cases if not files[case.label].is_file()]
-    done = 0
+    # cases that come to the same choice are measured once
+    by_file = {files[case.label]: case for case in cases if not files[case.label].is_file()}
+    missing, done = list(by_file.values()), 0
     for group in groups(missing):
         found = texts.measure(group[0].text, [case.subject for case in group])
         for case, figures in zip(group, found, strict=True):
