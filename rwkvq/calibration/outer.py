@@ -50,7 +50,7 @@ class HeadSums:
     def add(self, probabilities: Tensor, x: Tensor) -> None:
         """Count tokens: probabilities [tokens, vocab], x [tokens, width] the input of the head."""
         # the mean of (p - t)^2 over targets t drawn from p
-        self.fisher += (probabilities - probabilities.square()).sum(0, dtype=torch.float64)
+        self.fisher += torch.addcmul(probabilities, probabilities, probabilities, value=-1).sum(0).double()
         self.second_moment += (x.t() @ x).double()
         self.tokens += len(x)
 
