@@ -87,7 +87,8 @@ class Texts:
         """Which tokens a case is measured on."""
         if case.text == "lambada":
             return sha256_of_bytes("\0".join(self.examples).encode())
-        return ids_sha256(self.ids(case.text, case.subject))
+        ids = self.ids(case.text, case.subject)
+        return f"{len(ids)} x {ids.shape[1]} {ids_sha256(ids)}"  # the hash alone is that of the tokens in a row
 
     def measure(self, text: Text, subjects: Sequence[Subject]) -> list[dict[str, Any]]:
         """Figures of several models on one text, as plain values: TextResult, or LambadaResult with its examples."""

@@ -13,7 +13,7 @@ import pytest
 
 from rwkvq.ablations import measure
 from rwkvq.ablations.arms import open_arms
-from rwkvq.ablations.cases import Case
+from rwkvq.ablations.cases import Case, line_case
 from rwkvq.ablations.measure import Texts
 from rwkvq.ablations.results import ResultRow, read_rows
 from rwkvq.ablations.study import Study, load_study
@@ -104,6 +104,14 @@ def test_equal_cases_of_two_experiments_are_measured_once(study: Study) -> None:
     answer, _, _ = run(study, "E7")
     assert len(list(study.measured.glob("*.json"))) == count + len(keys - known)
     assert answer["rows"] == 19
+
+
+def test_the_same_tokens_in_longer_windows_are_another_measurement(study: Study) -> None:
+    arms = open_arms(study, "tiny", 0, ("sq", "vq"))
+    texts = Texts(arms)
+    short, long = line_case("vq"), line_case("vq", "long")
+    assert texts.ids("text", short.subject).flatten().equal(texts.ids("long", long.subject).flatten())
+    assert measure.measurement_key(arms, texts, short) != measure.measurement_key(arms, texts, long)
 
 
 def test_labels_are_unique_and_shares_are_met(study: Study) -> None:
