@@ -15,6 +15,7 @@ from rwkvq.calibration.outer import HeadSums, read_outer
 from rwkvq.calibration.windows import model_inputs
 from rwkvq.checkpoint.names import OUTER
 from rwkvq.checkpoint.reader import Checkpoint
+from rwkvq.device import CPU
 from rwkvq.errors import ActivationError
 from rwkvq.models import load_block, run_block_with_graph
 from rwkvq.models.layers import layer_norm
@@ -69,9 +70,9 @@ def test_the_head_predicts_what_an_error_costs() -> None:
     generator = torch.Generator().manual_seed(0)
     x, head = torch.randn(400, 32, generator=generator), torch.randn(100, 32, generator=generator) / 4
     error = 0.02 * torch.randn(100, 32, generator=generator)
-    sums = HeadSums(100, 32)
+    sums = HeadSums(100, 32, CPU)
     for part in torch.split(x, 150):
-        some = HeadSums(100, 32)
+        some = HeadSums(100, 32, CPU)
         some.add((part @ head.T).softmax(-1), part)
         sums.merge(some)
     found = sums.finish()
