@@ -192,7 +192,8 @@ def _row(arms: Arms, experiment: str, case: Case, found: Mapping[str, Any]) -> R
             "second": -sum(logprobs[half:]) / (len(logprobs) - half),
             "accuracy": found["acc"],
         }
-        return replace(common, tokens=found["target_tokens"], figures=figures)
+        words = tuple(logprobs)
+        return replace(common, tokens=found["target_tokens"], word_logprobs=words, figures=figures)
     return replace(
         common,
         tokens=found["predictions"],

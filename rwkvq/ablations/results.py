@@ -25,8 +25,9 @@ class ResultRow:
 
     setting: label of the case, unique in its experiment; parameters: what the experiment varies; text: what was
     measured on (cases.Text, or `none`), tokens of it. matrix_bits, body_bits: stored bits a weight; sq_share: by
-    weights of the matrices. kl, kl_se (standard error over windows), kl_p99, nll: nats a token; window_kl: means of the
-    windows; top1: share of tokens; figures: what only this experiment measures.
+    weights of the matrices. kl, kl_se (standard error over windows), kl_p99, nll: nats a token; window_kl: means of
+    the windows; top1: share of tokens; word_logprobs: nats of every last word of LAMBADA; figures: what only this
+    experiment measures.
     """
 
     experiment: str
@@ -47,6 +48,7 @@ class ResultRow:
     top1: float | None = None
     kl_by_position: tuple[float, ...] = ()
     window_kl: tuple[float, ...] = ()
+    word_logprobs: tuple[float, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def figure(self, name: str) -> float:
@@ -59,6 +61,7 @@ _TYPES = {
     "tokens": pa.int64(),
     "kl_by_position": pa.list_(pa.float64()),
     "window_kl": pa.list_(pa.float64()),
+    "word_logprobs": pa.list_(pa.float64()),
     **dict.fromkeys(
         ("matrix_bits", "body_bits", "sq_share", "kl", "kl_se", "kl_p99", "nll", "ppl", "top1"), pa.float64()
     ),
@@ -97,7 +100,7 @@ def read_rows(path: Path) -> list[ResultRow]:
 
 def _row(record: Mapping[str, Any]) -> ResultRow:
     texts = {name: json.loads(record[name]) for name in ("parameters", "figures")}
-    lists = {name: tuple(record[name]) for name in ("kl_by_position", "window_kl")}
+    lists = {name: tuple(record[name]) for name in ("kl_by_position", "window_kl", "word_logprobs")}
     return ResultRow(**{**record, **texts, **lists})
 
 

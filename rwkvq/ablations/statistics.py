@@ -87,8 +87,20 @@ def spreads(rows: Sequence[ResultRow], reference: str) -> list[Spread]:
 
 
 def window_means(by_seed: Sequence[Sequence[float]]) -> list[float]:
-    """Mean over seeds of every window: the text is what is resampled, seeds are too few."""
+    """Mean over seeds of every window or word: the text is what is resampled, seeds are too few."""
     return [float(value) for value in np.mean(np.asarray(by_seed, np.float64), axis=0)]
+
+
+def leak_gain(by_seed: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Interval:
+    """E1: what calibration on a word's own passage gains, in nats a word, against calibration on the other half.
+
+    by_seed: logarithms of the probabilities of all words under calibration on the first half, and on the second.
+    """
+    gains = []
+    for first, second in by_seed:
+        difference, half = np.subtract(first, second), len(first) // 2
+        gains.append(tuple(np.concatenate([difference[:half], -difference[half:]]).tolist()))
+    return bootstrap(window_means(gains))
 
 
 @dataclass(frozen=True, slots=True)

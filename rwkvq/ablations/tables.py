@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from rwkvq.ablations.results import ResultRow
-from rwkvq.ablations.statistics import Interval, Spread, spreads, transfers
+from rwkvq.ablations.statistics import Interval, Spread, leak_gain, spreads, transfers
 from rwkvq.report.text import bits_text, percent_text, seconds_text
 
 Block = str
@@ -82,16 +82,13 @@ def leak_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     sentence = "Nats a last word; calibration `leak-first` and `leak-second` is on that half, `leak-books` on books."
     gains = []
     for model in dict.fromkeys(row.model for row in rows):
-        by = {(row.setting, row.seed): row for row in rows if row.model == model}
+        by = {(row.setting, row.seed): row.word_logprobs for row in rows if row.model == model}
         seeds = sorted({seed for _, seed in by})
-        found = []
-        for seed in seeds:
-            first, second = by[f"{_leak('first')}", seed], by[f"{_leak('second')}", seed]
-            own = first.figure("first") + second.figure("second")
-            other = first.figure("second") + second.figure("first")
-            found.append((other - own) / 2)
-        gain = f"{mean(found):.4f}" + (f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else "")
-        gains.append(f"{model}: words whose passages were calibrated on are better by {gain} nats than the others.")
+        found = leak_gain([(by[_leak("first"), seed], by[_leak("second"), seed]) for seed in seeds])
+        gains.append(
+            f"{model}: last words of passages that were calibrated on gain {found.mean:+.4f} nats over the same words "
+            f"under calibration on the other half ({_interval(found, '+.4f')})."
+        )
     return [sentence, figure_block(rows, names, ".4f"), " ".join(gains)]
 
 

@@ -11,7 +11,7 @@ from rwkvq.ablations.arms import lowest
 from rwkvq.ablations.figures import CHARTS, Chart, svg
 from rwkvq.ablations.page import figures, markdown
 from rwkvq.ablations.results import ResultRow, key_of, read_rows, write_rows
-from rwkvq.ablations.statistics import bootstrap, spearman, spreads, transfers
+from rwkvq.ablations.statistics import bootstrap, leak_gain, spearman, spreads, transfers
 from rwkvq.ablations.tables import kl_text
 from rwkvq.errors import EvaluationError
 
@@ -36,6 +36,7 @@ def row(setting: str, kl: float, *, model: str = "a", seed: int = 0, experiment:
         0.8,
         (kl, kl),
         (kl - 0.01, kl + 0.01),
+        (-1.5, -2.5),
     )
 
 
@@ -100,6 +101,13 @@ def test_differences_are_paired_by_window() -> None:
     assert theirs.difference is not None
     # every window differs by 0.03 in both seeds, however much windows differ from each other
     assert theirs.difference.low == pytest.approx(0.03) and theirs.difference.high == pytest.approx(0.03)
+
+
+def test_a_leak_is_what_words_gain_from_their_own_half() -> None:
+    # calibration on the first half helps its two words by 1, on the second its two by 2, whatever else differs
+    first, second = (-4.0, -6.0, -7.0, -9.0), (-5.0, -7.0, -5.0, -7.0)
+    found = leak_gain([(first, second)])
+    assert found.mean == pytest.approx(1.5) and found.low <= 1.5 <= found.high
 
 
 def test_a_setting_is_chosen_on_the_other_models() -> None:
