@@ -171,9 +171,8 @@ def order_chart(rows: Sequence[ResultRow]) -> Chart:
 
     kept = ("proxies, quantile", "proxies, unique", "proxies, reversed", "random", "mse", "hessian", "maxrms")
     shown = [row for row in shown if row.model in models and name(row) in kept]
-    return Chart(
-        f"share of SQ by weights, {', '.join(models)}", KL, _means(shown, name, lambda row: row.sq_share or 0.0)
-    )
+    series = _means(shown, name, lambda row: float(row.parameters["share"]))
+    return Chart(f"target share of SQ by weights, {', '.join(models)}; random: mean of draws", KL, series)
 
 
 CHARTS: Mapping[str, Callable[[Sequence[ResultRow]], Chart]] = {
