@@ -7,7 +7,6 @@ kept: the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+from flows.command import run_command
 from flows.quantize_family import one_line, run_cells
 from flows.quantize_model import pool_of
 from flows.runners import task_runner
@@ -129,11 +129,7 @@ def command(
 
 def main() -> None:
     """Entry point with the exit codes of the `rwkvq` command."""
-    from rwkvq.cli import run_app
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    sys.exit(run_app(app))
+    run_command(command)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ cell that fails leaves the others running. Running again does only what is missi
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,6 +21,7 @@ from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings
 
 from flows.clusters import local_cluster
+from flows.command import run_command
 from flows.notify import notify
 from flows.quantize_model import pool_of, prepare_model, quantize_model
 from flows.runners import task_runner
@@ -222,11 +222,7 @@ def command(
 
 def main() -> None:
     """Entry point with the exit codes of the `rwkvq` command."""
-    from rwkvq.cli import run_app
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    sys.exit(run_app(app))
+    run_command(command)
 
 
 if __name__ == "__main__":

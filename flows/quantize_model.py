@@ -5,7 +5,6 @@ Runs on an embedded server without any set-up, or reports to a real one that PRE
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from prefect.artifacts import (
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.blocks import map_blocks
+from flows.command import run_command
 from flows.runners import task_runner
 from flows.server import connect, lost_server_named
 from rwkvq.cli.line import show_summary
@@ -140,11 +140,7 @@ def command(
 
 def main() -> None:
     """Entry point with the exit codes of the `rwkvq` command."""
-    from rwkvq.cli import run_app
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    sys.exit(run_app(app))
+    run_command(command)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from prefect.schedules import Cron, Schedule
 from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 
+from flows.command import run_command
 from flows.quantize_family import quantize_family
 from rwkvq.errors import RwkvqError, SettingsError
 from rwkvq.family.family import Family, load_family
@@ -228,11 +229,7 @@ def _register(deployments: Sequence[RunnerDeployment], pool: str) -> None:
 
 def main() -> None:
     """Entry point with the exit codes of the `rwkvq` command."""
-    from rwkvq.cli import run_app
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    sys.exit(run_app(app))
+    run_command(command)
 
 
 if __name__ == "__main__":
