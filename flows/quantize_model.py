@@ -75,8 +75,7 @@ def prepare_model(settings: Settings, name: str, stages: list[str]) -> None:
 
 def pool_of(run: Run) -> AbstractContextManager[WorkerPool | None]:
     """Worker processes of this process for runner `threads`; the other runners' processes have a worker each."""
-    limits = run.settings.run
-    return flow_pool(run.workers, limits.threads) if limits.runner == "threads" else nullcontext()
+    return flow_pool(run) if run.settings.run.runner == "threads" else nullcontext()
 
 
 def run_stage(run: Run, stage: str, name: str, pool: WorkerPool | None) -> None:

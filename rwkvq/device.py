@@ -42,10 +42,12 @@ def map_on(device: torch.device, function: Callable[[_Item], _Result], items: It
     if device.type == "cpu":
         yield from map(function, items)
         return
-    torch.cuda.synchronize()  # new streams do not wait for what was begun before
+    begun = torch.cuda.current_stream().record_event()
 
     def on_stream(item: _Item) -> _Result:
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_event(begun)  # else it would not wait for what was begun before
+        with torch.cuda.stream(stream):
             return function(item)
 
     with ThreadPoolExecutor(STREAMS) as pool:

@@ -13,6 +13,8 @@ from rwkvq.files import sha256_of_file
 from rwkvq.settings import Settings
 from rwkvq.workers import WorkerPool
 
+BLOCKS_ON_GPU = 3
+"""Blocks that a GPU works on at once: while one is at its widest weight, column by column, most of the GPU is idle."""
 SHARED = ("windows", "activations", "proxies", "gradients", "curves")
 """Stages whose outputs do not depend on the policy, so that runs of one model may have them in one folder."""
 
@@ -121,9 +123,15 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """Parallel block jobs: run.workers, or as many as the cores allow with run.threads threads each, 1 on a GPU."""
+        """Parallel block jobs: run.workers, or as the cores allow with run.threads threads each, or as fill a GPU."""
         run = self.settings.run
-        return run.workers or (1 if run.device == "cuda" else self.processor_workers)
+        return run.workers or (BLOCKS_ON_GPU if run.device == "cuda" else self.processor_workers)
+
+    def new_pool(self, jobs: int | None = None) -> WorkerPool:
+        """Worker processes for as many block jobs at once, `jobs` at most; those on a GPU share one process."""
+        run = self.settings.run
+        workers = self.workers if jobs is None else max(1, min(self.workers, jobs))
+        return WorkerPool(workers, run.threads, one_process=run.device == "cuda")
 
     @property
     def processor_workers(self) -> int:

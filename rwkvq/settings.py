@@ -224,7 +224,7 @@ class RunSettings(Section):
     """Where activations, gradients, second moments and trellis codes are computed. Sums are rounded otherwise on a GPU,
     which changes some codes; formats without a kernel are made on the processor."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Parallel block jobs; 0 = one per core, or one on a GPU, which a single job fills."""
+    """Parallel block jobs; 0 = one per core, or as many as fill a GPU."""
     threads: PositiveInt = 1
     """Torch threads of each block job. Another number splits products otherwise, which may change some codes."""
     runner: Literal["threads", "processes", "dask", "ray"] = "threads"

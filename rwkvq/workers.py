@@ -2,12 +2,14 @@
 
 A worker is `python -m rwkvq.workers`. Jobs and answers are JSON lines over its standard streams, so only names of files
 and numbers travel. A process, not a thread: a job can be stopped at its time limit, an out-of-memory kill takes one job
-and not the run, and the quantizers' loops do not share one interpreter lock.
+and not the run, and the quantizers' loops do not share one interpreter lock. Jobs on one GPU share a process all the
+same, each on a thread: a GPU runs the kernels of several processes in turns, those of one side by side.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -17,7 +19,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,15 +49,15 @@ class JobTimeout(errors.RwkvqError):
 
 
 class Worker:
-    """One child process that runs one job at a time."""
+    """One child process, which runs up to `places` jobs at once."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, places: int = 1) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
         # the child inherits the mask: what goes to the whole process group, only the parent decides what it means
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rwkvq.workers", str(threads)],
+                [sys.executable, "-m", "rwkvq.workers", str(threads), str(places)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -61,7 +65,11 @@ class Worker:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._messages: dict[int, queue.Queue[dict[str, Any] | None]] = {}
+        """Of the jobs that run now, by their number; None = the child has ended."""
+        self._has_ended = False
         threading.Thread(target=self._read, daemon=True).start()
 
     @property
@@ -73,8 +81,14 @@ class Worker:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.endswith("\n"):  # else it died in the middle of the line
-                self._lines.put(line)
-        self._lines.put(None)
+                message = json.loads(line)
+                with self._lock:
+                    if messages := self._messages.get(message["job"]):
+                        messages.put(message)
+        with self._lock:
+            self._has_ended = True
+            for waiting in self._messages.values():
+                waiting.put(None)
 
     def run(self, function: str, job: Job, *, timeout: float, on_event: OnEvent, label: str) -> Any:
         """Run `package.module:function` on `job` in the child and return its JSON answer. `label` names it in errors.
@@ -82,29 +96,41 @@ class Worker:
         Raises the job's own RwkvqError, OutOfMemory, WorkerDied, or JobTimeout after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
+        number, messages = next(self._numbers), queue.Queue[dict[str, Any] | None]()
+        with self._lock:
+            self._messages[number] = messages
+            if self._has_ended:
+                messages.put(None)
+        try:
+            self._send({"number": number, "function": function, "job": dict(job)}, label)
+            while True:
+                try:
+                    message = messages.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty as error:
+                    self.kill()
+                    raise JobTimeout(
+                        f"{label}: still running after {timeout:g} s and stopped; raise run.task_timeout"
+                    ) from error
+                if message is None:
+                    raise self._death(label)
+                if "event" in message:
+                    on_event(message["event"])
+                elif "error" in message:
+                    raise self._rebuilt(message["error"], label)
+                else:
+                    return message["answer"]
+        finally:
+            with self._lock:
+                del self._messages[number]
+
+    def _send(self, request: dict[str, Any], label: str) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"function": function, "job": dict(job)}) + "\n")
-            self._process.stdin.flush()
+            with self._lock:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
         except OSError as error:
             raise self._death(label) from error
-        while True:
-            try:
-                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty as error:
-                self.kill()
-                raise JobTimeout(
-                    f"{label}: still running after {timeout:g} s and stopped; raise run.task_timeout"
-                ) from error
-            if line is None:
-                raise self._death(label)
-            message = json.loads(line)
-            if "event" in message:
-                on_event(message["event"])
-            elif "error" in message:
-                raise self._rebuilt(message["error"], label)
-            else:
-                return message["answer"]
 
     def _death(self, label: str) -> WorkerDied:
         code = self._process.wait()
@@ -140,18 +166,20 @@ class WorkerPool:
     below one.
     """
 
-    def __init__(self, workers: int, threads: int) -> None:
+    def __init__(self, workers: int, threads: int, *, one_process: bool = False) -> None:
+        """workers: jobs that may run at once, each in a process of its own or all in one (for a GPU)."""
         self._threads = threads
         self._workers = workers
+        self._places = workers if one_process else 1
         self._slots = workers
         self._running = 0
-        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
-        self._busy: set[Worker] = set()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
-        for _ in range(workers):  # imports torch while earlier stages still run
-            self._idle.put(Worker(threads))
+        self._taken: Counter[Worker] = Counter()
+        # imports torch while earlier stages still run
+        self._processes = [Worker(threads, self._places) for _ in range(1 if one_process else workers)]
+        """Those that did something last at the end."""
 
     @property
     def slots(self) -> int:
@@ -167,17 +195,15 @@ class WorkerPool:
         failures = 0
         while True:
             with self._slot() as slots:
-                worker = self._take()
                 try:
-                    return worker.run(function, job, timeout=timeout, on_event=on_event, label=label or function)
+                    with self._worker() as worker:
+                        return worker.run(function, job, timeout=timeout, on_event=on_event, label=label or function)
                 except (WorkerDied, errors.OutOfMemory) as failure:
                     if self._closed:  # nobody shall try again
                         raise errors.RwkvqError("stopped together with the run") from failure
                     if not self._give_way(failure, slots):
                         failures += 1
                         self._check_retry(failure, failures, retries)
-                finally:
-                    self._give_back(worker)
 
     @contextmanager
     def _slot(self) -> Iterator[int]:
@@ -214,35 +240,34 @@ class WorkerPool:
         else:
             raise failure
 
-    def _take(self) -> Worker:
+    @contextmanager
+    def _worker(self) -> Iterator[Worker]:
+        """A living worker with a free place, the one that did something last if there are several."""
         with self._lock:
-            while not self._closed:
-                try:
-                    worker = self._idle.get_nowait()
-                except queue.Empty:
-                    worker = Worker(self._threads)
-                if worker.is_alive():
-                    self._busy.add(worker)
-                    return worker
-        raise errors.RwkvqError("stopped together with the run, before this job began")
-
-    def _give_back(self, worker: Worker) -> None:
-        with self._lock:
-            self._busy.discard(worker)
             if self._closed:
-                worker.kill()
-            elif worker.is_alive():
-                self._idle.put(worker)
+                raise errors.RwkvqError("stopped together with the run, before this job began")
+            self._processes = [process for process in self._processes if process.is_alive()]
+            free = [process for process in self._processes if self._taken[process] < self._places]
+            worker = free[-1] if free else Worker(self._threads, self._places)
+            if not free:
+                self._processes.append(worker)
+            self._taken[worker] += 1
+        try:
+            yield worker
+        finally:
+            with self._lock:
+                self._taken[worker] -= 1
+                if worker in self._processes:
+                    self._processes.remove(worker)
+                    self._processes.append(worker)
 
     def close(self) -> None:
         """End all workers, the busy ones too; no job begins after that."""
         with self._lock:
             self._closed = True
             self._changed.notify_all()
-            for worker in self._busy:
-                worker.kill()
-            while not self._idle.empty():
-                self._idle.get_nowait().kill()
+            for process in self._processes:
+                process.kill()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -272,27 +297,38 @@ def main() -> None:
     """Serve jobs until the parent closes the stream."""
     import torch
 
-    torch.set_num_threads(int(sys.argv[1]))
+    threads, places = map(int, sys.argv[1:])
+    torch.set_num_threads(threads)
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_leave_with_parent, args=(lines,), daemon=True).start()
 
-    def send(message: dict[str, Any]) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+    lock = threading.Lock()
+
+    def serve(request: dict[str, Any]) -> None:
+        def send(**message: Any) -> None:
+            with lock:
+                out.write(json.dumps({"job": request["number"], **message}) + "\n")
+                out.flush()
+
+        module, _, name = request["function"].partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+            send(answer=function(request["job"], lambda event: send(event=event)))
+        except Exception as error:
+            send(error=_described(error))
 
     with suppress(OSError):  # where memory runs out, a worker ends and not the run
         Path("/proc/self/oom_score_adj").write_text("500")
     importlib.import_module("rwkvq.quantize.block")
-    while True:
-        request = json.loads(lines.get())
-        module, _, name = request["function"].partition(":")
-        function = getattr(importlib.import_module(module), name)
-        try:
-            send({"answer": function(request["job"], lambda event: send({"event": event}))})
-        except Exception as error:
-            send({"error": _described(error)})
+    with ThreadPoolExecutor(places) as pool:
+        while True:
+            request = json.loads(lines.get())
+            if places == 1:
+                serve(request)
+            else:
+                pool.submit(serve, request)
 
 
 if __name__ == "__main__":

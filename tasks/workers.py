@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rwkvq.run import Run
 from rwkvq.workers import WorkerPool
 
 _pools: list[WorkerPool] = []
@@ -34,12 +35,12 @@ def share_of(workers: int) -> int:
 
 
 @contextmanager
-def flow_pool(workers: int, threads: int) -> Iterator[WorkerPool]:
+def flow_pool(run: Run) -> Iterator[WorkerPool]:
     """The pool of this process: the one that a flow further out has opened, or a new one until the block ends."""
     if _pools:
         yield _pools[-1]
         return
-    with WorkerPool(workers, threads) as pool:
+    with run.new_pool() as pool:
         _pools.append(pool)
         try:
             yield pool

@@ -22,7 +22,7 @@ def blocks(settings: Settings) -> None:
     """Quantize every block; the number of finished ones goes to the output stream, a line each."""
     run = Run(settings)
     is_threads = settings.run.runner == "threads"
-    with flow_pool(run.workers, settings.run.threads) if is_threads else nullcontext() as pool:
+    with flow_pool(run) if is_threads else nullcontext() as pool:
         damaged = map_blocks(run, "cell", pool, block_jobs(run), lambda done: print(done, flush=True))
     assert damaged == []
 

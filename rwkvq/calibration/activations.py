@@ -173,8 +173,7 @@ class _Job:
                 temporary = stack.enter_context(atomic_path(path))
                 writers.append(stack.enter_context(CacheWriter(temporary, rows, self.key, self.shape, kinds[rows])))
             for tensors in self._embedded() if step == 0 else self._advanced(step - 1):
-                # v_first is passed on by every block, and written once
-                for writer, x in zip(writers, tensors, strict=False):
+                for writer, x in zip(writers, tensors, strict=True):
                     writer.add(x)
 
     def _embedded(self) -> Iterator[tuple[Tensor, ...]]:
@@ -186,12 +185,13 @@ class _Job:
             yield (embed(emb, weight.float(), bias.float(), some),)
 
     def _advanced(self, block: int) -> Iterator[tuple[Tensor, ...]]:
-        """The output of a block on its cached inputs, batch by batch: (x,) or (x, v_first)."""
+        """The output of a block on its cached inputs, batch by batch: (x,), of block 0 (x, v_first) if there is one."""
         weights = load_block(self.source, block, device=self.device)
 
         def run(batch: InputBatch) -> tuple[Tensor, ...]:
             x, _, v_first = run_block(self.source.spec, block, weights, batch.x, v_first=batch.v_first)
-            return (x.cpu(),) if v_first is None else (x.cpu(), v_first.cpu())
+            is_first = block == 0 and self.shape.has_v_first
+            return (x, v_first) if is_first and v_first is not None else (x,)
 
         return map_in_order(run, on_device(_read(self.folder, block, self.key, self.batch), self.device), self.workers)
 

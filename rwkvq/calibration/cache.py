@@ -101,7 +101,10 @@ class CacheWriter:
         self._writer.close()
 
     def add(self, x: Tensor) -> None:
-        """Append the next windows, x float32 [windows, length, width]. Raises BeyondFloat16Error, ActivationError."""
+        """Append the next windows, x float32 [windows, length, width] on any device.
+
+        Raises BeyondFloat16Error, ActivationError.
+        """
         low, high = (value.item() for value in torch.aminmax(x))  # both NaN if any value is
         largest = max(-low, high)
         if not largest < float("inf"):
@@ -110,7 +113,7 @@ class CacheWriter:
         if self._kind == "float16" and largest > FLOAT16_LIMIT:
             raise BeyondFloat16Error(self._rows)
         positions = np.arange(self._shape.length, dtype=np.int32)
-        for rows in x.to(_TORCH[self._kind]).contiguous():
+        for rows in x.to(_TORCH[self._kind]).cpu().contiguous():
             column = pa.Array.from_buffers(self._tokens, len(rows), [None, pa.py_buffer(rows.numpy())])
             window = pa.array(np.full_like(positions, self._next))
             table = pa.Table.from_arrays([window, pa.array(positions), column], schema=self._schema)

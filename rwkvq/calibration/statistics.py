@@ -24,8 +24,9 @@ from rwkvq.models import fitting_batch, observe_block
 
 Weighting = Literal["second_moment", "mean_sq", "official", "none"]
 
-_STRIPE = 128
-"""Columns of a product x^T x that are computed at once; what lies below the diagonal stripe is never computed."""
+_STRIPES = {"cpu": 128, "cuda": 1024}
+"""Columns of a product x^T x that are computed at once; what lies below the diagonal stripe is never computed. A GPU
+takes longer to be asked than to compute a narrow stripe."""
 IN_MEMORY = 256 << 20
 """Bytes of a block's second moments, together, that stay in memory."""
 
@@ -55,7 +56,8 @@ class SecondMoment:
         self.features = features
         self.device = device
         self.tokens = 0
-        shapes = [(min(_STRIPE, features - start), features - start) for start in range(0, features, _STRIPE)]
+        self._stripe = stripe = _STRIPES[device.type]
+        shapes = [(min(stripe, features - start), features - start) for start in range(0, features, stripe)]
         sums = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float64, device=device)
         parts = torch.split(sums, [math.prod(shape) for shape in shapes])
         self._stripes = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -72,8 +74,8 @@ class SecondMoment:
         if weights is not None:
             rows = rows * weights.flatten().sqrt()[:, None]
         for index, total in enumerate(self._stripes):
-            start = index * _STRIPE
-            total += rows[:, start : start + _STRIPE].T @ rows[:, start:]
+            start = index * self._stripe
+            total += rows[:, start : start + self._stripe].T @ rows[:, start:]
 
     def merge(self, other: SecondMoment) -> None:
         """Take in all that `other` has seen."""
@@ -95,10 +97,10 @@ class SecondMoment:
         if not self.tokens:
             raise ValueError("no tokens")
         for index, stripe in enumerate(self._stripes):
-            here = slice(index * _STRIPE, index * _STRIPE + len(stripe))
+            here = slice(index * self._stripe, index * self._stripe + len(stripe))
             rows = torch.empty(len(stripe), self.features, device=self.device)
             for above, other in enumerate(self._stripes[:index]):
-                begin = above * _STRIPE
+                begin = above * self._stripe
                 rows[:, begin : begin + len(other)] = self._mean(other[:, here.start - begin : here.stop - begin]).T
             square = self._mean(stripe[:, : len(stripe)]).triu()
             rows[:, here] = square + square.triu(1).T

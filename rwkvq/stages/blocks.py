@@ -93,7 +93,7 @@ def measure_curves(run: Run, progress: Progress) -> None:
         return points
 
     points: list[CurvePoint] = []
-    with nullcontext(run.pool) if run.pool else WorkerPool(min(run.workers, len(jobs)), limits.threads) as pool:
+    with nullcontext(run.pool) if run.pool else run.new_pool(len(jobs)) as pool:
         for done, found in enumerate(map_in_order(partial(work, pool), jobs, run.workers), 1):
             points += [CurvePoint(**point) for point in found]
             progress(f"curves of {jobs[done - 1][0]}", done, len(jobs))
@@ -121,7 +121,7 @@ def quantize(run: Run, progress: Progress) -> None:
     if run.pool is not None:
         quantize_in_pool(run, run.pool, jobs, progress)
         return
-    with WorkerPool(min(run.workers, max(1, len(jobs))), run.settings.run.threads) as pool:
+    with run.new_pool(len(jobs)) as pool:
         quantize_in_pool(run, pool, jobs, progress)
 
 

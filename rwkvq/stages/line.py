@@ -21,7 +21,6 @@ from rwkvq.stages.stage import Hashes, Stage, StageResult, save_seconds
 from rwkvq.stages.table import STAGES, stages_of
 from rwkvq.store import Store
 from rwkvq.threads import torch_threads
-from rwkvq.workers import WorkerPool
 
 log = logging.getLogger("rwkvq.stages")
 
@@ -106,7 +105,7 @@ def run_line(
     run: Run, progress: Callable[[str], Progress] = lambda stage: no_progress, plan_file: Path | None = None
 ) -> list[StageResult]:
     """Run the whole line in this process, after check_inputs; `progress(stage)` gives the Progress of each stage."""
-    with WorkerPool(run.workers, run.settings.run.threads) as pool:  # workers start while earlier stages run
+    with run.new_pool() as pool:  # workers start while earlier stages run
         pooled = Run(run.settings, pool)
         results = []
         for name in stages_of(run) if plan_file is None else _stages_with(run, plan_file):

@@ -20,7 +20,7 @@ class SharedPool(WorkerPool):
 
     started: ClassVar[WorkerPool | None] = None
 
-    def __init__(self, workers: int, threads: int) -> None:
+    def __init__(self, workers: int, threads: int, *, one_process: bool = False) -> None:
         if SharedPool.started is None:
             SharedPool.started = WorkerPool(1, 1)
 
@@ -42,8 +42,7 @@ def pool_of_session() -> Iterator[None]:
 @pytest.fixture
 def shared_workers(pool_of_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands of this process use the shared workers."""
-    for place in ("blocks", "line"):
-        monkeypatch.setattr(f"rwkvq.stages.{place}.WorkerPool", SharedPool)
+    monkeypatch.setattr("rwkvq.run.WorkerPool", SharedPool)
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +51,7 @@ def undisturbed(pool_of_session: None, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("undisturbed")
     values = write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("blocks", "line"):
-            patch.setattr(f"rwkvq.stages.{place}.WorkerPool", SharedPool)
+        patch.setattr("rwkvq.run.WorkerPool", SharedPool)
         stages.run_line(Run(settings_of(values)))
     return folder, values
 

@@ -80,6 +80,28 @@ def meet_and_die_once(job: dict[str, Any], on_event: Any) -> list[str]:
     return sorted(set(seen))
 
 
+def meet(job: dict[str, Any], on_event: Any) -> dict[str, Any]:
+    """Wait until the other job is there too."""
+    folder = Path(job["folder"])
+    (folder / job["me"]).touch()
+    while not (folder / job["other"]).exists():
+        time.sleep(0.01)
+    on_event({"from": job["me"]})
+    return {"me": job["me"], "pid": os.getpid()}
+
+
+def take_the_other_along(job: dict[str, Any], on_event: Any) -> str:
+    """The first time: wait for the other job, then job a ends the process that both are in."""
+    folder = Path(job["folder"])
+    if not (folder / "died").exists():
+        meet(job, ignore)
+        if job["me"] == "a":
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+    return str(job["me"])
+
+
 @pytest.fixture(scope="module")
 def pool() -> Any:
     with WorkerPool(1, 1) as started:
@@ -168,6 +190,25 @@ def test_other_deaths_do_not_count_as_memory(caplog: pytest.LogCaptureFixture) -
             run(pool, "die", {"signal": signal.SIGSEGV}, retries=1, label="block-003")
         assert pool.slots == 2
     assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == ["trying again"]
+
+
+def test_jobs_in_one_process_run_side_by_side_and_hear_only_of_themselves(tmp_path: Path) -> None:
+    events: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
+    with WorkerPool(2, 1, one_process=True) as pool, ThreadPoolExecutor(2) as threads:
+        jobs = [{"folder": str(tmp_path), "me": me, "other": other} for me, other in ("ab", "ba")]
+        futures = [threads.submit(run, pool, "meet", job, on_event=events[job["me"]].append) for job in jobs]
+        answers = [future.result() for future in futures]
+    assert [answer["me"] for answer in answers] == ["a", "b"]
+    assert len({answer["pid"] for answer in answers}) == 1
+    assert events == {"a": [{"from": "a"}], "b": [{"from": "b"}]}
+
+
+def test_all_jobs_of_a_process_that_was_killed_are_tried_again(tmp_path: Path) -> None:
+    with WorkerPool(2, 1, one_process=True) as pool, ThreadPoolExecutor(2) as threads:
+        jobs = [{"folder": str(tmp_path), "me": me, "other": other} for me, other in ("ab", "ba")]
+        futures = [threads.submit(run, pool, "take_the_other_along", job) for job in jobs]
+        assert [future.result() for future in futures] == ["a", "b"]
+        assert pool.slots == 1
 
 
 @pytest.mark.parametrize("words", ["DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to"])
