@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from rwkvq.errors import SettingsError
 from rwkvq.settings import Device
 
 CPU = torch.device("cpu")
+_loading = threading.Lock()
 STREAMS = 6
 """Weights that a GPU works on at once: the columns of one leave most of it idle."""
 _Item = TypeVar("_Item")
@@ -30,6 +32,9 @@ def torch_device(name: Device) -> torch.device:
 def working_on(name: Device) -> Iterator[torch.device]:
     """The device for one piece of work; what it took of a GPU's memory is free for other processes afterwards."""
     device = torch_device(name)
+    if device.type == "cuda":
+        with _loading:
+            torch.linalg.inv(torch.ones(1, 1, device=device))  # loads libraries, which torch refuses to two threads
     try:
         yield device
     finally:

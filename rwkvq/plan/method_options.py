@@ -36,7 +36,7 @@ def method_options(method: Method, settings: Resolved, *, clip_search: bool, gui
         },
         "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
         "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
-        "table": {"guide": guide, "row_weights": True, "damping": settings.damping},
+        "table": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
         "awq": {"clip_search": clip_search},
         "rotation": gptq,
         "hqq": {},

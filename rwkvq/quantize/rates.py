@@ -6,10 +6,13 @@ error costs (reverse water-filling; Cover and Thomas, Elements of Information Th
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkvq.formats.trellis import MAX_RATE, MIN_RATE, OFFSET_BITS, TrellisLayout
+from rwkvq.quantize.trellis_step import compiled
 
 ROW_YIELD, COLUMN_YIELD = 0.5, 0.9
 """Share of the predicted saving that rounding shows (docs/evidence.md): rows share states with their neighbours, and
@@ -44,25 +47,38 @@ def chosen_offset_bits(row_costs: Tensor, column_costs: Tensor, length: int) -> 
 def offsets_of(costs: Tensor, low: int, high: int) -> Tensor:
     """Whole numbers int8 [..., n] from low <= 0 to high >= 0, near 2 log2(costs) plus a constant, of sum 0 along n."""
     wanted = 2 * torch.log2(costs.double().clamp_min(1e-300)).cpu()
-    below, above = low - wanted.amax(-1, keepdim=True), high - wanted.amin(-1, keepdim=True)
-    for _ in range(60):
-        middle = 0.5 * (below + above)
-        is_low = (wanted + middle).clamp_(low, high).sum(-1, keepdim=True) < 0
-        below, above = torch.where(is_low, middle, below), torch.where(is_low, above, middle)
-    wanted = (wanted + above).clamp_(low, high)
-    offsets = wanted.round()
-    for own, exact in zip(offsets.view(-1, wanted.shape[-1]), wanted.view(-1, wanted.shape[-1]), strict=True):
-        _balance(own, exact, low, high)
-    return offsets.to(torch.int8).to(costs.device)
+    offsets = torch.empty(wanted.shape, dtype=torch.int8)
+    lines = wanted.reshape(-1, wanted.shape[-1]).numpy(), offsets.view(-1, wanted.shape[-1]).numpy()
+    _fill_offsets(*lines, low, high)
+    return offsets.to(costs.device)
 
 
-def _balance(offsets: Tensor, wanted: Tensor, low: int, high: int) -> None:
-    """Move rounded offsets [n] by steps of 1 until their sum is 0."""
-    while left := -int(offsets.sum()):  # those nearest to the other side of their rounding make up for the rest
-        step = 1 if left > 0 else -1
-        ease = ((wanted - offsets) * step).masked_fill_((offsets + step < low) | (offsets + step > high), -torch.inf)
-        moved = ease.argsort(descending=True, stable=True)[: min(abs(left), int(ease.isfinite().sum()))]
-        offsets[moved] += step
+@compiled
+def _fill_offsets(wanted: NDArray[np.float64], offsets: NDArray[np.int8], low: int, high: int) -> None:
+    """offsets [lines, n] as offsets_of promises, for wanted [lines, n], which are overwritten.
+
+    Compiled: it runs for every candidate of every weight, many of them side by side on a GPU's line.
+    """
+    for own, exact in zip(offsets, wanted):  # noqa: B905 - numba knows no strict
+        below, above = low - exact.max(), high - exact.min()
+        for _ in range(60):
+            middle = 0.5 * (below + above)
+            total = 0.0
+            for value in exact:
+                total += min(max(value + middle, low), high)
+            below, above = (middle, above) if total < 0 else (below, middle)
+        left = 0
+        for i in range(len(own)):
+            exact[i] = min(max(exact[i] + above, low), high)
+            own[i] = round(exact[i])
+            left -= own[i]
+        while left:  # those nearest to the other side of their rounding make up for the rest
+            step = 1 if left > 0 else -1
+            ease = (exact - own) * step
+            ease[(own + step < low) | (own + step > high)] = -np.inf
+            for i in np.argsort(-ease, kind="mergesort")[: min(abs(left), np.isfinite(ease).sum())]:
+                own[i] += step
+                left -= step
 
 
 def _span(bits: int, low: int, high: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The table quantizer: tables fitted to the weight by expectation maximisation, then rounding with error feedback.
 
 A group's table is chosen when all earlier errors have reached the group, by the errors of its weights, each counted by
-its column's share in the loss, 1 / U_jj^2.
+its column's share in the loss, 1 / U_jj^2. Sweeps afterwards choose tables and codes anew, group by group.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from rwkvq.errors import ShapeError
 from rwkvq.formats.table import GROUP, UNIT, TableCodes, TableLayout
 from rwkvq.formats.trellis import scales_of
 from rwkvq.quantize import table_search
+from rwkvq.quantize.factor import permuted
 from rwkvq.quantize.gptq import unit_rows
-from rwkvq.quantize.hessian import check_statistics, inverse_factor_of
+from rwkvq.quantize.hessian import check_statistics, inverse_factor_of, row_chunks, with_damping
 from rwkvq.quantize.options import GuidedOptions
 from rwkvq.quantize.trellis import find_row_scales, search_weights
 
@@ -35,14 +36,17 @@ class TableOptions(GuidedOptions):
 
     method: ClassVar[str] = "table"
 
+    sweeps: int = 0
+    """Rounds of coordinate descent over the groups after the first rounding."""
+
 
 def quantize(
     weight: Tensor, second_moment: Tensor, layout: TableLayout, options: TableOptions, fisher: Tensor
 ) -> TableCodes:
     """Return weight [out, in] in the table format with small sum_i f_i dW_i H dW_i^T.
 
-    second_moment: H [in, in]; fisher: f [out]. Raises ShapeError for shapes that do not fit, QuantizationError for
-    values that are not finite or a failing H.
+    second_moment: H [in, in]; fisher: f [out]. Groups are rounded by falling diagonal of H and stored in their own
+    order. Raises ShapeError for shapes that do not fit, QuantizationError for what is not finite or a failing H.
     """
     if tuple(weight.shape) != (layout.rows, layout.columns):
         raise ShapeError(f"weight {list(weight.shape)} does not fit the layout [{layout.rows}, {layout.columns}]")
@@ -50,22 +54,49 @@ def quantize(
     weight = weight.float()
     scale, base = find_row_scales(weight)
     scales = scales_of(scale, base)
-    targets = weight / scales[:, None]
     rows = search_weights(scales, fisher if options.row_weights else None)
-    with inverse_factor_of(second_moment.float(), options.damping) as upper:
+    groups = second_moment.diagonal().view(-1, GROUP).sum(1).argsort(descending=True, stable=True)
+    order = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
+    targets = weight[:, order] / scales[:, None]
+    with permuted(second_moment.float(), order) as moment:
+        codes, selector, table = _round_all(targets, moment, rows, layout, options)
+    return TableCodes(layout, codes[:, order.argsort()], selector[:, groups.argsort()], table, scale, base)
+
+
+def _round_all(
+    targets: Tensor, second_moment: Tensor, rows: Tensor, layout: TableLayout, options: TableOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [out, in], selector uint8 [out, in / 16] and tables int8 [16, entries] of targets [out, in] in units
+    of row scales; rows [out]: how much errors count."""
+    codes = torch.empty(layout.rows, layout.columns, dtype=torch.uint8)
+    selector = torch.empty(layout.rows, layout.groups, dtype=torch.uint8)
+    moved = targets.clone()
+    with inverse_factor_of(second_moment, options.damping) as upper:
         importance = upper.diagonal().square().reciprocal()
         importance = importance / importance.mean()
         table = fit_tables(targets, rows, importance, layout.bits)
         feedback = unit_rows(upper)
-        codes = torch.empty(layout.rows, layout.columns, dtype=torch.uint8)
-        selector = torch.empty(layout.rows, layout.groups, dtype=torch.uint8)
         for start in range(0, layout.columns, BLOCK):
             stop = min(start + BLOCK, layout.columns)
             square = feedback[start:stop, start:stop]
-            found = round_to_tables(targets[:, start:stop], importance[start:stop], square, table)
+            found = round_to_tables(moved[:, start:stop], importance[start:stop], square, table)
             codes[:, start:stop], selector[:, start // GROUP : stop // GROUP], errors = found
-            targets[:, stop:].addmm_(errors, feedback[start:stop, stop:], alpha=-1)
-    return TableCodes(layout, codes, selector, table, scale, base)
+            moved[:, stop:].addmm_(errors, feedback[start:stop, stop:], alpha=-1)
+    if options.sweeps:
+        with with_damping(second_moment, options.damping) as hessian:
+            for some in row_chunks(targets):
+                _sweep(targets[some], hessian, table, codes[some], selector[some], options.sweeps)
+    return codes, selector, table
+
+
+def _sweep(targets: Tensor, hessian: Tensor, table: Tensor, codes: Tensor, selector: Tensor, sweeps: int) -> None:
+    """Choose codes [out, in] and selector [out, in / 16] anew, given what they shall stand for."""
+    values = table.float() * UNIT
+    quantized = values[selector.long().repeat_interleave(GROUP, 1), codes.long()]
+    pull = (targets - quantized) @ hessian
+    arrays = tuple(tensor.numpy() for tensor in (quantized, pull, hessian, values, codes, selector))
+    for _ in range(sweeps):
+        table_search.sweep_rows(*arrays)
 
 
 def round_to_tables(

@@ -6,6 +6,7 @@ few codes differ from the processor's.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvq.formats.trellis import TrellisLayout, column_bytes, symbol_ends
+from rwkvq.formats.trellis import MAX_RATE, TrellisLayout, column_bytes, symbol_ends
 from rwkvq.quantize.trellis_columns import reversed_codebook
 from rwkvq.quantize.viterbi import WRAP
 
@@ -213,6 +214,11 @@ def sweep_columns_cuda(
         own.copy_(torch.where(taken.bool().repeat_interleave(sizes[here], 1), found, own))
 
 
+@lru_cache(maxsize=16)
+def _values_on(device: torch.device, state_bits: int) -> Tensor:
+    return torch.from_numpy(reversed_codebook(state_bits)).to(device)
+
+
 def _run(
     targets: Tensor,
     current: Tensor | None,
@@ -241,7 +247,7 @@ def _run(
         feedback.contiguous(),
         kinds.int(),
         widths,
-        torch.from_numpy(reversed_codebook(layout.state_bits)).to(device),
+        _values_on(device, layout.state_bits),
         targets if current is None else current,
         errors,
         taken,
@@ -271,11 +277,9 @@ def _streams(states: Tensor, widths: Tensor, ends: Tensor, rates: Tensor, layout
     total = int(sizes.sum())
     sequence = torch.arange(layout.rows, device=states.device) // layout.length
     begins = (sizes.cumsum(0) - sizes)[:, None] + total * sequence + ends - widths  # [columns, rows]
-    bits = torch.zeros(layout.sequences * total, dtype=torch.uint8, device=states.device)
-    paths = states.int()
-    for bit in range(int(widths.max())):
-        own = widths > bit
-        value = paths[own] >> (widths[own] - 1 - bit) & 1
-        bits[begins[own] + bit] = value.to(torch.uint8)
-    octets = bits.view(layout.sequences, total // 8, 8) << torch.arange(8, dtype=torch.uint8, device=states.device)
+    bits = torch.zeros(layout.sequences * total + 1, dtype=torch.uint8, device=states.device)
+    place = torch.arange(MAX_RATE // 4, device=states.device)[:, None, None]  # of a bit in its symbol
+    values = states >> (widths - 1 - place).clamp_min_(0) & 1  # [places, columns, rows]
+    bits[torch.where(place < widths, begins + place, -1)] = values.to(torch.uint8)  # what is no bit goes to the end
+    octets = bits[:-1].view(layout.sequences, total // 8, 8) << torch.arange(8, dtype=torch.uint8, device=states.device)
     return octets.sum(-1, dtype=torch.uint8)
