@@ -15,15 +15,23 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.quality import ASYM, CLIP, PLAIN, SYM, VECTOR_2D, Made, make_all, markdown_table
-from rwkvq.engine.model import Engine
+from benchmarks.quality import (
+    ASYM,
+    CLIP,
+    PLAIN,
+    SYM,
+    VECTOR_2D,
+    Made,
+    base_settings,
+    engines_of,
+    make_all,
+    markdown_table,
+)
 from rwkvq.evaluation.divergence import TextResult, compare_on_text
 from rwkvq.evaluation.perplexity import text_windows
 from rwkvq.files import write_json, write_text
 from rwkvq.models.tokenizer import load_tokenizer
 from rwkvq.plan.bits import totals
-from rwkvq.run import Run
-from rwkvq.settings import parse
 
 SIZES = (2.25, 2.5, 2.75, 3.0, 3.275, 3.5, 3.75, 4.0, 4.25, 4.5)
 BASELINES: dict[str, tuple[str, ...]] = {
@@ -84,19 +92,14 @@ def main(
     ids = text_windows(text.read_text(encoding="utf-8"), loaded, windows, 512, where=str(text))
     for model in models:
         folder = work / model.stem
-        source = {"source": str(calibration), "tokenizer": str(tokenizer)}
-        base = {"model": str(model), "run_dir": str(folder), "windows": source}
+        base = base_settings(model, folder, calibration, tokenizer)
         made = make_all(base, folder, methods(), seed)
-        texts = compare_on_text(
-            Engine(Run(parse(base, "benchmarks.frontier")).checkpoint),
-            {name: Engine(item.artifact) for name, item in made.items()},
-            ids,
-        )
+        texts = compare_on_text(*engines_of(base, made), ids)
         found = rows(made, texts)
         write_json(folder / "frontier.json", {"rows": found})
         header = ["method", "matrix bits", "KL (nats)", "budget at these bits, of it"]
         sections.append(f"## {model.stem}\n\n{markdown_table(header, found)}\n")
-    write_text(out, "# Quality against size\n\n" + "\n".join(sections))
+        write_text(out, "# Quality against size\n\n" + "\n".join(sections))
 
 
 if __name__ == "__main__":

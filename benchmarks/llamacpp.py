@@ -17,17 +17,14 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.quality import Made, make_all, markdown_table
+from benchmarks.quality import Made, base_settings, engines_of, make_all, markdown_table
 from rwkvq.artifact.layout import CONFIG, QUANTIZATION
 from rwkvq.checkpoint.names import OUTER
-from rwkvq.engine.model import Engine
 from rwkvq.evaluation.divergence import TextResult, compare_on_text
 from rwkvq.evaluation.perplexity import text_windows
 from rwkvq.files import write_json, write_text
 from rwkvq.models.tokenizer import load_tokenizer
 from rwkvq.plan.bits import totals
-from rwkvq.run import Run
-from rwkvq.settings import parse
 
 MODELS = ("rwkv7-9m", "rwkv6-10m")
 JSON_BYTES = 180_000
@@ -139,15 +136,10 @@ def main(
     sections = []
     for model in models:
         place, folder = MODELS.index(model.stem), work / model.stem
-        source = {"source": str(calibration), "tokenizer": str(tokenizer)}
-        base = {"model": str(model), "run_dir": str(folder), "windows": source}
+        base = base_settings(model, folder, calibration, tokenizer)
         sizes = {name: THEIRS[name].sizes[place] - removed for name in only or THEIRS}
         made = make_all(base, folder, methods(sizes), seed)
-        texts = compare_on_text(
-            Engine(Run(parse(base, "benchmarks.llamacpp")).checkpoint),
-            {name: Engine(item.artifact) for name, item in made.items()},
-            ids,
-        )
+        texts = compare_on_text(*engines_of(base, made), ids)
         tables = {
             kind: [
                 row(name, size, THEIRS[name].kl[place], made[f"{kind} {name}"], texts[f"{kind} {name}"])
@@ -158,7 +150,7 @@ def main(
         }
         write_json(folder / "llamacpp.json", tables)
         sections.append(section(model.stem, tables))
-    write_text(out, preamble(removed, seed) + "\n".join(sections))
+        write_text(out, preamble(removed, seed) + "\n".join(sections))
 
 
 def preamble(removed: int, seed: int) -> str:

@@ -38,7 +38,6 @@ from rwkvq.plan.bits import totals
 from rwkvq.run import Run
 from rwkvq.settings import apply_overrides, parse
 from rwkvq.stages import run_stage, stages_of
-from rwkvq.workers import WorkerPool
 
 VECTOR_1D = ("quantize.vector.dimension=1", "quantize.vector.group_rows=4", "quantize.vector.group_columns=64")
 VECTOR_2D = ("quantize.vector.dimension=2", "quantize.vector.group_rows=64", "quantize.vector.group_columns=64")
@@ -82,12 +81,24 @@ class Made:
     seconds: float
 
 
+def base_settings(model: Path, folder: Path, calibration: Path, tokenizer: Path) -> dict[str, Any]:
+    """What the settings of all methods have in common."""
+    source = {"source": str(calibration), "tokenizer": str(tokenizer)}
+    return {"model": str(model), "run_dir": str(folder), "windows": source}
+
+
+def engines_of(base: dict[str, Any], made: dict[str, Made]) -> tuple[Engine, dict[str, Engine]]:
+    """The float model of the settings, and the quantized ones."""
+    reference = Engine(Run(parse(base, "benchmark")).checkpoint)
+    return reference, {name: Engine(item.artifact) for name, item in made.items()}
+
+
 def make_all(base: dict[str, Any], work: Path, methods: dict[str, tuple[str, ...]], seed: int) -> dict[str, Made]:
     """Quantize the model by every method; windows, activations and proxies are made once."""
     made = {}
     for name, overrides in methods.items():
         settings = parse(apply_overrides(base, [*overrides, f"seed={seed}"]), name)
-        with WorkerPool(Run(settings).workers, settings.run.threads) as pool:
+        with Run(settings).new_pool() as pool:
             run = Run(settings, pool)
             seconds = 0.0
             for stage in stages_of(run)[: stages_of(run).index("pack") + 1]:
@@ -191,16 +202,11 @@ def main(
     kept = read_json(out.with_suffix(".json")) if out.with_suffix(".json").is_file() else {}
     for model in models:
         folder = work / model.stem
-        base = {
-            "model": str(model),
-            "run_dir": str(folder),
-            "windows": {"source": str(calibration), "tokenizer": str(tokenizer)},
-        }
+        base = base_settings(model, folder, calibration, tokenizer)
         made = make_all(base, folder, {name: METHODS[name] for name in method or METHODS}, seed)
         loaded = load_tokenizer(tokenizer)
         ids = text_windows(text.read_text(encoding="utf-8"), loaded, windows, 512, where=str(text))
-        reference = Engine(Run(parse(base, "x")).checkpoint)
-        engines = {name: Engine(item.artifact) for name, item in made.items()}
+        reference, engines = engines_of(base, made)
         texts = compare_on_text(reference, engines, ids)
         examples = read_examples(lambada_file, 500)
         everyone = {FLOAT: reference} | engines

@@ -15,6 +15,20 @@ from rwkvq.workers import WorkerPool
 
 BLOCKS_ON_GPU = 3
 """Blocks that a GPU works on at once: while one is at its widest weight, column by column, most of the GPU is idle."""
+LINE = (
+    "windows",
+    "activations",
+    "proxies",
+    "gradients",
+    "curves",
+    "plan",
+    "quantize",
+    "distill",
+    "pack",
+    "evaluate",
+    "report",
+)
+"""Every stage, in the order of the line."""
 SHARED = ("windows", "activations", "proxies", "gradients", "curves")
 """Stages whose outputs do not depend on the policy, so that runs of one model may have them in one folder."""
 

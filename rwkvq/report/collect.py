@@ -36,26 +36,13 @@ from rwkvq.report.data import (
     StageTime,
     TensorRow,
 )
-from rwkvq.run import Run
+from rwkvq.run import LINE, Run
 from rwkvq.settings import GapMode
 
 Values = dict[str, Any]
 
 ARMS: Mapping[str, Arm] = {"scalar": "sq", "vector": "vq", "affine": "sq", "residual": "vq"}
 """The arm a matrix went to, by its format."""
-STAGE_ORDER = (
-    "windows",
-    "activations",
-    "proxies",
-    "gradients",
-    "curves",
-    "plan",
-    "quantize",
-    "distill",
-    "pack",
-    "evaluate",
-)
-"""Stages with a wall time; the report's own is not known while it is written."""
 
 
 def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportData:
@@ -79,7 +66,7 @@ def collect_report(run: Run, plan: Plan, seconds: dict[str, float]) -> ReportDat
         distillation=_distillation(run),
         proxies=_proxies(run, plan),
         tensors=tuple(_tensor_row(entry, artifact.errors.get(entry.name)) for entry in plan.tensors),
-        stages=tuple(StageTime(name, seconds[name]) for name in STAGE_ORDER if name in seconds),
+        stages=tuple(StageTime(name, seconds[name]) for name in LINE[:-1] if name in seconds),
         provenance=_read_json(run.artifact / "provenance.json"),
     )
 

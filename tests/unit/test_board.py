@@ -20,6 +20,7 @@ from rwkvq.cli.board import Board, duration
 from rwkvq.cli.terminal import without_controls
 from rwkvq.family.events import CellEvent
 from rwkvq.family.work import STAGE_SHARES, CellWork, Counted, Steady, cell_seconds_left, seconds_left
+from rwkvq.run import LINE
 from rwkvq.stages import STAGES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -191,7 +192,7 @@ def test_no_color_leaves_no_colour() -> None:
 
 
 def test_the_shares_are_those_of_the_stages() -> None:
-    assert list(STAGE_SHARES) == list(STAGES)
+    assert list(STAGE_SHARES) == list(STAGES) == list(LINE)
     assert sum(STAGE_SHARES.values()) == pytest.approx(1.0)
 
 

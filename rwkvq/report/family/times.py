@@ -9,25 +9,11 @@ from html import escape
 from rwkvq.report.data import StageTime
 from rwkvq.report.family.data import FamilyData, shared_stages
 from rwkvq.report.text import seconds_text
-
-KNOWN_STAGES = (
-    "windows",
-    "activations",
-    "proxies",
-    "gradients",
-    "curves",
-    "plan",
-    "quantize",
-    "distill",
-    "pack",
-    "evaluate",
-    "report",
-)
-"""Stages with a colour of their own, in the order of the line."""
+from rwkvq.run import LINE
 
 
 def _kind(name: str) -> str:
-    return f"stage-{name}" if name in KNOWN_STAGES else "stage-other"
+    return f"stage-{name}" if name in LINE else "stage-other"
 
 
 def _usable(stages: Iterable[StageTime]) -> list[StageTime]:
@@ -48,9 +34,9 @@ def _bar(label: str, stages: Sequence[StageTime], longest: float) -> str:
 
 def _key(data: FamilyData) -> str:
     names = {stage.name for cell in data.cells if cell.report is not None for stage in _usable(cell.report.stages)}
-    known = [name for name in KNOWN_STAGES if name in names]
+    known = [name for name in LINE if name in names]
     items = [f'<li><i class="swatch {_kind(name)}"></i>{name}</li>' for name in known]
-    if names - set(KNOWN_STAGES):
+    if names - set(LINE):
         items.append('<li><i class="swatch stage-other"></i>other</li>')
     return f'<ul class="key">{"".join(items)}</ul>'
 
