@@ -225,7 +225,7 @@ def main(
         known["rows"] |= measured
         known["checks"] |= checks
         write_json(out.with_suffix(".json"), kept)
-        write_text(out, preamble(windows) + "\n".join(section(name, found) for name, found in kept.items()))
+        write_text(out, preamble(windows) + "\n".join(section(name, found) for name, found in sorted(kept.items())))
 
 
 def named(name: str, seed: int) -> str:
