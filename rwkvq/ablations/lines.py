@@ -46,7 +46,8 @@ def budget_line(bpw: float) -> str:
 
 ELEMENTWISE = (*(f"elementwise-{name}" for name in _WEIGHTS), "elementwise-rtn", "elementwise-int8")
 LEAKS = ("leak-books", "leak-first", "leak-second")
-BASELINES = ("rtn", "rtn-clip", "sq-plain", "sq-symmetric-plain", "sq-order", "kmeans-1d", "kmeans", "vq-1d")
+OTHERS = ("awq", "rotation", "hqq", "residual")
+BASELINES = ("rtn", "rtn-clip", "sq-plain", "sq-symmetric-plain", "sq-order", "kmeans-1d", "kmeans", "vq-1d", *OTHERS)
 
 _ONE_DIMENSION: Overrides = (
     "quantize.vector.dimension=1",
@@ -90,6 +91,7 @@ LINES: Mapping[str, Overrides] = {
     "kmeans-1d": ("plan.policy=kmeans", *_ONE_DIMENSION),
     "kmeans": ("plan.policy=kmeans",),
     "vq-1d": (VQ, *_ONE_DIMENSION),
+    **{policy: (f"plan.policy={policy}",) for policy in OTHERS},
     **{budget_line(bpw): ("plan.policy=budget", f"plan.bpw={bpw}") for bpw in BUDGETS},
 }
 """Settings of every line by its name."""
