@@ -1,14 +1,13 @@
 """A pool of worker processes for block jobs: killable, reusable, and gone when the parent is gone.
 
-A worker is `python -m rwkvq.workers`. Jobs and answers are JSON lines over its standard streams, so only names of files
-and numbers travel. A process, not a thread: a job can be stopped at its time limit, an out-of-memory kill takes one job
-and not the run, and the quantizers' loops do not share one interpreter lock. Jobs on one GPU share a process all the
-same, each on a thread: a GPU runs the kernels of several processes in turns, those of one side by side.
+A worker is `python -m rwkvq.worker_main`. Jobs and answers are JSON lines over its standard streams, so only names of
+files and numbers travel. A process, not a thread: a job can be stopped at its time limit, an out-of-memory kill takes
+one job and not the run, and the quantizers' loops do not share one interpreter lock. Jobs on one GPU share a process
+all the same, each on a thread: a GPU runs the kernels of several processes in turns, those of one side by side.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import logging
@@ -21,9 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 from rwkvq import errors
@@ -57,7 +54,7 @@ class Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rwkvq.workers", str(threads), str(places)],
+                [sys.executable, "-m", "rwkvq.worker_main", str(threads), str(places)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -186,9 +183,20 @@ class WorkerPool:
         """How many jobs may run at once: as many as there were workers, less those that memory did not suffice for."""
         return self._slots
 
-    def run(self, function: str, job: Job, *, timeout: float, retries: int, on_event: OnEvent, label: str = "") -> Any:
+    def run(
+        self,
+        function: str,
+        job: Job,
+        *,
+        timeout: float,
+        retries: int,
+        on_event: OnEvent,
+        label: str = "",
+        alone: bool = False,
+    ) -> Any:
         """Run one job on a free worker and return its answer. `label` (default: `function`) names it in messages.
 
+        alone: in a process that runs nothing else meanwhile, for jobs that change what holds for the whole process.
         A worker that died is replaced and the job tried again up to `retries` times. Being tried again with less
         parallelism does not count. Raises what the job raises, JobTimeout, WorkerDied, OutOfMemory.
         """
@@ -196,7 +204,7 @@ class WorkerPool:
         while True:
             with self._slot() as slots:
                 try:
-                    with self._worker() as worker:
+                    with self._worker(self._places if alone else 1) as worker:
                         return worker.run(function, job, timeout=timeout, on_event=on_event, label=label or function)
                 except (WorkerDied, errors.OutOfMemory) as failure:
                     if self._closed:  # nobody shall try again
@@ -241,22 +249,22 @@ class WorkerPool:
             raise failure
 
     @contextmanager
-    def _worker(self) -> Iterator[Worker]:
-        """A living worker with a free place, the one that did something last if there are several."""
+    def _worker(self, needed: int) -> Iterator[Worker]:
+        """A living worker with so many free places, the one that did something last if there are several."""
         with self._lock:
             if self._closed:
                 raise errors.RwkvqError("stopped together with the run, before this job began")
             self._processes = [process for process in self._processes if process.is_alive()]
-            free = [process for process in self._processes if self._taken[process] < self._places]
+            free = [process for process in self._processes if self._taken[process] + needed <= self._places]
             worker = free[-1] if free else Worker(self._threads, self._places)
             if not free:
                 self._processes.append(worker)
-            self._taken[worker] += 1
+            self._taken[worker] += needed
         try:
             yield worker
         finally:
             with self._lock:
-                self._taken[worker] -= 1
+                self._taken[worker] -= needed
                 if worker in self._processes:
                     self._processes.remove(worker)
                     self._processes.append(worker)
@@ -274,62 +282,3 @@ class WorkerPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _leave_with_parent(lines: queue.Queue[str]) -> None:
-    """Read jobs; the end of the stream means that the parent is gone, whatever this process is doing."""
-    for line in sys.stdin:
-        lines.put(line)
-    os._exit(0)
-
-
-def _described(error: Exception) -> dict[str, str]:
-    """Kind and message of a failed job's error, for the parent."""
-    if errors.is_out_of_memory(error):
-        return {"type": "OutOfMemory", "message": f"not enough memory ({' '.join(str(error).split())[:200]})"}
-    if isinstance(error, errors.RwkvqError):
-        return {"type": type(error).__name__, "message": str(error)}
-    log.error("job failed", exc_info=error)
-    return {"type": "RwkvqError", "message": f"{type(error).__name__}: {error}"}
-
-
-def main() -> None:
-    """Serve jobs until the parent closes the stream."""
-    import torch
-
-    threads, places = map(int, sys.argv[1:])
-    torch.set_num_threads(threads)
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
-    lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_leave_with_parent, args=(lines,), daemon=True).start()
-
-    lock = threading.Lock()
-
-    def serve(request: dict[str, Any]) -> None:
-        def send(**message: Any) -> None:
-            with lock:
-                out.write(json.dumps({"job": request["number"], **message}) + "\n")
-                out.flush()
-
-        module, _, name = request["function"].partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name)
-            send(answer=function(request["job"], lambda event: send(event=event)))
-        except Exception as error:
-            send(error=_described(error))
-
-    with suppress(OSError):  # where memory runs out, a worker ends and not the run
-        Path("/proc/self/oom_score_adj").write_text("500")
-    importlib.import_module("rwkvq.quantize.block")
-    with ThreadPoolExecutor(places) as pool:
-        while True:
-            request = json.loads(lines.get())
-            if places == 1:
-                serve(request)
-            else:
-                pool.submit(serve, request)
-
-
-if __name__ == "__main__":
-    main()

@@ -41,5 +41,6 @@ def run_stage_in_pool(pool: WorkerPool, settings: Settings, name: str, progress:
         retries=0,
         on_event=lambda event: progress(event["what"], event["done"], event["total"]),
         label=label,
+        alone=True,  # a stage sets the threads of torch
     )
     return StageResult(**answer)

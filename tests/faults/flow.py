@@ -84,7 +84,7 @@ class Started:
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes."""
-        return self.family("rwkvq.workers")
+        return self.family("rwkvq.worker_main")
 
     def server(self) -> psutil.Process:
         """Its embedded Prefect server."""

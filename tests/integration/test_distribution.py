@@ -57,7 +57,7 @@ class Sender:
         for process in psutil.process_iter():
             try:
                 is_here = process.environ().get("RWKVQ_CACHE") == self.environment["RWKVQ_CACHE"]
-                if is_here and "rwkvq.workers" in process.cmdline():
+                if is_here and "rwkvq.worker_main" in process.cmdline():
                     found.append(process)
             except psutil.Error:
                 continue

@@ -83,7 +83,7 @@ class Home:
         """A worker process of the running flow."""
         found: list[psutil.Process] = []
         assert eventually(
-            lambda: found.extend(item for item in self.processes() if "rwkvq.workers" in item.cmdline()) or found
+            lambda: found.extend(item for item in self.processes() if "rwkvq.worker_main" in item.cmdline()) or found
         )
         return found[0]
 

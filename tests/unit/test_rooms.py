@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     {"errors"},
     {"documents", "redaction"},
-    {"files", "settings", "tensors", "threads", "workers"},
+    {"files", "settings", "tensors", "threads", "worker_main", "workers"},
     {"device", "hashes"},
     {"checkpoint", "formats", "store"},
     {"models", "proxies"},

@@ -203,6 +203,13 @@ def test_jobs_in_one_process_run_side_by_side_and_hear_only_of_themselves(tmp_pa
     assert events == {"a": [{"from": "a"}], "b": [{"from": "b"}]}
 
 
+def test_a_job_that_asks_for_it_has_a_process_of_its_own(tmp_path: Path) -> None:
+    with WorkerPool(2, 1, one_process=True) as pool, ThreadPoolExecutor(2) as threads:
+        jobs = [{"folder": str(tmp_path), "me": me, "other": other} for me, other in ("ab", "ba")]
+        futures = [threads.submit(run, pool, "meet", job, alone=job["me"] == "b") for job in jobs]
+        assert len({future.result()["pid"] for future in futures}) == 2
+
+
 def test_all_jobs_of_a_process_that_was_killed_are_tried_again(tmp_path: Path) -> None:
     with WorkerPool(2, 1, one_process=True) as pool, ThreadPoolExecutor(2) as threads:
         jobs = [{"folder": str(tmp_path), "me": me, "other": other} for me, other in ("ab", "ba")]
