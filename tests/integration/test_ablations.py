@@ -35,8 +35,7 @@ def study(pool_of_session: None, tmp_path_factory: pytest.TempPathFactory) -> St
     """A study whose lines `sq` and `vq` are done."""
     made = tiny_study(tmp_path_factory.mktemp("study"), "E2", "E3", "E5", "E7", "E17", version="x060")
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("blocks", "line"):
-            patch.setattr(f"rwkvq.stages.{place}.WorkerPool", SharedPool)
+        patch.setattr("rwkvq.run.WorkerPool", SharedPool)
         run_lines(made, ("sq", "vq"))
     return made
 
