@@ -1,4 +1,4 @@
-"""Quality against size: policy budget from 2.25 to 4.5 matrix bits, and the baselines at every width they have.
+r"""Quality against size: policy budget from 2.25 to 4.5 matrix bits, and the baselines at every width they have.
 
     python -m benchmarks.frontier --models rwkv7-9m.pth --tokenizer tokenizer.json \
         --calibration books_calibration.txt --text books_validation.txt
