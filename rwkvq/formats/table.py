@@ -109,7 +109,7 @@ def decode(codes: TableCodes) -> Tensor:
     layout = codes.layout
     values = codes.table.float() * UNIT
     scales = scales_of(codes.scale, codes.base)
-    result = torch.empty(layout.rows, layout.columns)
+    result = torch.empty(layout.rows, layout.columns, device=scales.device)
     rows = max(1, _CHUNK // layout.columns)
     for start in range(0, layout.rows, rows):
         some = slice(start, start + rows)

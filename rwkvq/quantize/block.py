@@ -60,7 +60,7 @@ CODE = (
 
 NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table", "awq", "rotation", "residual"}
 NEEDS_GRADIENTS = {"trellis", "table"}
-ON_GPU = {"trellis"}
+ON_GPU = {"trellis", "table"}
 """Methods that run where the statistics are; the others take them to the processor."""
 
 

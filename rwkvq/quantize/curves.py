@@ -47,7 +47,7 @@ class CurveJob:
     """One block to measure, as file names and numbers.
 
     sample: weights that are rounded for each candidate; state_bits: of trellis codes; guide, damping: as in
-    TrellisOptions. device: where statistics are taken and trellis codes searched.
+    TrellisOptions. device: where statistics are taken and codes searched.
     """
 
     checkpoint: str
@@ -140,10 +140,8 @@ def curve_of(
         else:
             assert isinstance(layout, TableLayout)
             targets, shares = sample / plain[:, None], importance[columns] / importance[columns].mean()
-            # tables are fitted on the processor
-            on_processor = targets.cpu(), shares.cpu(), no_feedback.cpu()
-            table = fit_tables(on_processor[0], rows.cpu(), on_processor[1], layout.bits)
-            error = round_to_tables(*on_processor, table)[2].to(tensor.device) * plain[:, None]
+            table = fit_tables(targets, rows, shares, layout.bits)
+            error = round_to_tables(targets, shares, no_feedback, table)[2] * plain[:, None]
         energy = float((metric * sample.double().square()).sum())
         ratio = float((metric * error.double().square()).sum()) / energy if energy > 0 else 0.0
         points.append(CurvePoint(weight.name, candidate.label, layout.stored_bits(), ratio * whole))

@@ -56,7 +56,7 @@ def quantize(
     scales = scales_of(scale, base)
     rows = search_weights(scales, fisher if options.row_weights else None)
     groups = second_moment.diagonal().view(-1, GROUP).sum(1).argsort(descending=True, stable=True)
-    order = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
+    order = (groups[:, None] * GROUP + torch.arange(GROUP, device=weight.device)).flatten()
     targets = weight[:, order] / scales[:, None]
     with permuted(second_moment.float(), order) as moment:
         codes, selector, table = _round_all(targets, moment, rows, layout, options)
@@ -68,8 +68,8 @@ def _round_all(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [out, in], selector uint8 [out, in / 16] and tables int8 [16, entries] of targets [out, in] in units
     of row scales; rows [out]: how much errors count."""
-    codes = torch.empty(layout.rows, layout.columns, dtype=torch.uint8)
-    selector = torch.empty(layout.rows, layout.groups, dtype=torch.uint8)
+    codes = torch.empty_like(targets, dtype=torch.uint8)
+    selector = codes.new_empty(layout.rows, layout.groups)
     moved = targets.clone()
     with inverse_factor_of(second_moment, options.damping) as upper:
         importance = upper.diagonal().square().reciprocal()
@@ -84,7 +84,7 @@ def _round_all(
             moved[:, stop:].addmm_(errors, feedback[start:stop, stop:], alpha=-1)
     if options.sweeps:
         with with_damping(second_moment, options.damping) as hessian:
-            for some in row_chunks(targets):
+            for some in [slice(None)] if targets.is_cuda else row_chunks(targets):  # a GPU is to have many rows
                 _sweep(targets[some], hessian, table, codes[some], selector[some], options.sweeps)
     return codes, selector, table
 
@@ -94,9 +94,14 @@ def _sweep(targets: Tensor, hessian: Tensor, table: Tensor, codes: Tensor, selec
     values = table.float() * UNIT
     quantized = values[selector.long().repeat_interleave(GROUP, 1), codes.long()]
     pull = (targets - quantized) @ hessian
-    arrays = tuple(tensor.numpy() for tensor in (quantized, pull, hessian, values, codes, selector))
+    tensors = quantized, pull, hessian, values, codes, selector
     for _ in range(sweeps):
-        table_search.sweep_rows(*arrays)
+        if targets.is_cuda:
+            from rwkvq.quantize.table_cuda import sweep_rows_cuda  # compiles for a GPU when it is imported
+
+            sweep_rows_cuda(*tensors)
+        else:
+            table_search.sweep_rows(*(tensor.numpy() for tensor in tensors))
 
 
 def round_to_tables(
@@ -108,6 +113,10 @@ def round_to_tables(
     feedback [n, n]: how errors go into later columns.
     """
     rows, columns = targets.shape
+    if targets.is_cuda:
+        from rwkvq.quantize.table_cuda import round_columns_cuda
+
+        return round_columns_cuda(targets.clone(), importance, feedback, table.float() * UNIT)
     codes, errors = np.empty((rows, columns), np.uint8), np.empty((rows, columns), np.float32)
     selector = np.empty((rows, columns // GROUP), np.uint8)
     inputs = [tensor.contiguous().numpy() for tensor in (targets.clone(), importance, feedback, table.float() * UNIT)]
@@ -124,12 +133,17 @@ def fit_tables(targets: Tensor, rows: Tensor, importance: Tensor, bits: int) -> 
     outputs, inputs = targets.shape
     count = outputs * inputs // GROUP
     picked = torch.linspace(0, count - 1, min(count, SAMPLE_GROUPS), dtype=torch.float64).round().long()
-    row, group = picked % outputs, picked // outputs
-    places = group[:, None] * GROUP + torch.arange(GROUP)
+    row, group = (picked % outputs).to(targets.device), (picked // outputs).to(targets.device)
+    places = group[:, None] * GROUP + torch.arange(GROUP, device=targets.device)
     samples = targets[row[:, None], places]  # [n, 16]
     weights = importance[places] * rows[row][:, None]
     values = _first_tables(samples, bits)
-    table_search.fit(samples.numpy(), weights.numpy(), values.numpy(), ROUNDS)
+    if targets.is_cuda:
+        from rwkvq.quantize.table_cuda import fit_cuda
+
+        fit_cuda(samples, weights, values, ROUNDS)
+    else:
+        table_search.fit(samples.numpy(), weights.numpy(), values.numpy(), ROUNDS)
     return (values / UNIT).round_().clamp_(-127, 127).to(torch.int8).sort(1).values
 
 
@@ -143,5 +157,5 @@ def _first_tables(samples: Tensor, bits: int) -> Tensor:
         by_mean = part[means[part].argsort(stable=True)]
         for own in by_mean.tensor_split(4):
             flat = samples[own].flatten().sort().values if len(own) else samples.flatten().sort().values
-            values.append(flat[(ranks * (len(flat) - 1)).round().long()])
+            values.append(flat[(ranks * (len(flat) - 1)).round().long().to(flat.device)])
     return torch.stack(values)
