@@ -246,7 +246,8 @@ def _sums(groups: Tensor, weights: Tensor, chosen: Tensor | None, middles: Tenso
 def round_columns_cuda(
     targets: Tensor, importance: Tensor, feedback: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As table_search.round_columns, with CUDA tensors: codes, selector and errors; targets are overwritten."""
+    """As table_search.round_columns, with CUDA tensors: codes, selector and errors."""
+    targets, feedback = targets.clone(memory_format=torch.contiguous_format), feedback.contiguous()
     rows, columns = targets.shape
     codes, errors = torch.empty_like(targets, dtype=torch.uint8), torch.empty_like(targets)
     selector = torch.empty(rows, columns // GROUP, dtype=torch.uint8, device=targets.device)
@@ -266,6 +267,7 @@ def sweep_rows_cuda(
     quantized: Tensor, pull: Tensor, hessian: Tensor, levels: Tensor, codes: Tensor, selector: Tensor
 ) -> None:
     """As table_search.sweep_rows, with CUDA tensors."""
+    hessian = hessian.contiguous()
     rows, columns = quantized.shape
     middles, entries = _middles(levels), levels.shape[1]
     for start in range(0, columns, BLOCK):

@@ -116,7 +116,7 @@ def round_to_tables(
     if targets.is_cuda:
         from rwkvq.quantize.table_cuda import round_columns_cuda
 
-        return round_columns_cuda(targets.clone(), importance, feedback, table.float() * UNIT)
+        return round_columns_cuda(targets, importance, feedback, table.float() * UNIT)
     codes, errors = np.empty((rows, columns), np.uint8), np.empty((rows, columns), np.float32)
     selector = np.empty((rows, columns // GROUP), np.uint8)
     inputs = [tensor.contiguous().numpy() for tensor in (targets.clone(), importance, feedback, table.float() * UNIT)]
