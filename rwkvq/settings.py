@@ -221,8 +221,8 @@ class RunSettings(Section):
     """Where and how work runs. Changes nothing in any result, but for `threads` and `device`."""
 
     device: Device = "cpu"
-    """Where activations, gradients, second moments and codes of policy budget are computed. Sums are rounded otherwise
-    on a GPU, which changes some codes; formats of other policies are made on the processor."""
+    """Where activations, gradients, second moments and codes of policy budget and of GPTQ are computed. A GPU rounds
+    sums otherwise, which changes some codes; other codes are made on the processor."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Parallel block jobs; 0 = one per core, or as many as fill a GPU."""
     threads: PositiveInt = 1

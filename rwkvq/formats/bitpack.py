@@ -42,7 +42,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     count = flat.numel()
     if count:
         assert int(flat.min()) >= 0 and int(flat.max()) < 1 << bits
-    result = torch.zeros(packed_size(count, bits), dtype=torch.uint8)
+    result = torch.zeros(packed_size(count, bits), dtype=torch.uint8, device=flat.device)
     for start, part in enumerate(torch.split(flat, 8 * _PIECE)):
         target = result[start * _PIECE * bits :]
         stream = _packed(part, bits)
@@ -54,10 +54,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """Return the bytes of codes [n], zero codes after them to fill the last octet: uint8 [ceil(n / 8) * bits]."""
     count = codes.numel()
-    octets = torch.zeros((count + 7) // 8 * 8, dtype=torch.int32)
+    octets = torch.zeros((count + 7) // 8 * 8, dtype=torch.int32, device=codes.device)
     octets[:count] = codes
     columns = octets.view(-1, 8).t().contiguous()  # [8, n / 8]
-    packed = torch.zeros(bits, columns.shape[1], dtype=torch.int32)
+    packed = torch.zeros(bits, columns.shape[1], dtype=torch.int32, device=codes.device)
     for code, byte, shift in _overlaps(bits):
         packed[byte] |= columns[code] << shift if shift >= 0 else columns[code] >> -shift
     return (packed & 255).to(torch.uint8).t().reshape(-1)

@@ -60,7 +60,7 @@ CODE = (
 
 NEEDS_STATISTICS = {"gptq", "gptvq", "elementwise", "trellis", "table", "awq", "rotation", "residual"}
 NEEDS_GRADIENTS = {"trellis", "table"}
-ON_GPU = {"trellis", "table"}
+ON_GPU = {"trellis", "table", "gptq"}
 """Methods that run where the statistics are; the others take them to the processor."""
 
 
@@ -173,7 +173,7 @@ def _statistics(work: BlockJob, source: WeightSource, todo: list[PlannedTensor],
     if not wanted:
         return NOTHING
     if work.block is None:
-        return outer_inputs(Path(work.gradients), {entry.name for entry in wanted})
+        return outer_inputs(Path(work.gradients), {entry.name for entry in wanted}, device)
     catalogue = _weights(source)
     elementwise = _common(work, wanted, {"elementwise"}, ("weight", "percentile"), ("none", 100.0))
     guided = [entry.name for entry in wanted if entry.method in NEEDS_GRADIENTS]

@@ -109,7 +109,7 @@ def _walked(
     columns = weight.t().clone(memory_format=torch.contiguous_format)  # [in, out]
     if not options.static_groups:
         return _with_current_grids(columns, upper, importance, layout, options)
-    order = torch.arange(layout.columns) if order is None else order
+    order = torch.arange(layout.columns, device=weight.device) if order is None else order
     importance = torch.empty_like(importance).index_copy_(0, order, importance)
     return _with_static_grids(columns, upper, order, importance, layout, options)
 
@@ -170,7 +170,7 @@ def _codes(steps: Tensor, grids: list[Grid], layout: ScalarLayout) -> ScalarCode
     """Return the encoded weight of steps [in, out] above the zero points of one grid a group of columns."""
     zero = torch.stack([grid.zero for grid in grids], 1)  # [out, groups]
     scale = torch.stack([grid.scale for grid in grids], 1)
-    codes = torch.empty(layout.rows, layout.columns, dtype=torch.uint8)
+    codes = torch.empty(layout.rows, layout.columns, dtype=torch.uint8, device=steps.device)
     for group, grid in enumerate(grids):
         span = slice(group * layout.group_size, (group + 1) * layout.group_size)
         codes[:, span] = (steps[span] + grid.zero).t()

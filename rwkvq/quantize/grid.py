@@ -93,7 +93,7 @@ class _Search:
 
 def _candidates(grid: Grid, factors: Sequence[float], shift: int, bits: int) -> Grid:
     """Return grid with its scale times each factor and its zero point moved by shift: scale, zero [factors, groups]."""
-    scale = grid.scale.float() * torch.tensor(factors)[:, None]
+    scale = grid.scale.float() * torch.tensor(factors, device=grid.scale.device)[:, None]
     zero = (grid.zero + shift).clamp(0, 2**bits - 1).expand_as(scale)
     return Grid(half_scale(scale.abs()) * scale.sign().half(), zero)
 

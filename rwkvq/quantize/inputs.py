@@ -93,11 +93,11 @@ def collect_inputs(
     return Inputs(collected.second_moments.renamed(keys), collected.importance, fisher)
 
 
-def outer_inputs(gradients: Path, wanted: Collection[str]) -> Inputs:
-    """The statistics of embedding or head, from the folder of stage `gradients`. Raises ActivationError."""
+def outer_inputs(gradients: Path, wanted: Collection[str], device: torch.device = CPU) -> Inputs:
+    """The statistics of embedding or head on `device`, of stage `gradients`. Raises ActivationError."""
     found = {name: item for name, item in read_outer(gradients).items() if name in wanted}
-    moments = {name: item.second_moment for name, item in found.items()}
-    return Inputs(moments, {}, {name: item.fisher for name, item in found.items()})
+    moments = {name: item.second_moment.to(device) for name, item in found.items()}
+    return Inputs(moments, {}, {name: item.fisher.to(device) for name, item in found.items()})
 
 
 def token_weights(sensitivity: Sensitivity, used: tuple[int, int], calibration: Calibration) -> Tensor:

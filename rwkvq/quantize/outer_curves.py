@@ -21,6 +21,7 @@ from rwkvq.checkpoint.reader import open_checkpoint
 from rwkvq.errors import QuantizationError
 from rwkvq.formats import ScalarLayout
 from rwkvq.plan.candidates import Candidate, CurvePoint
+from rwkvq.plan.options import Method
 from rwkvq.plan.outer import outer_candidates
 from rwkvq.quantize.block import OnEvent
 from rwkvq.quantize.grid import find_grid, round_to
@@ -65,11 +66,14 @@ def curve_of(
 ) -> list[CurvePoint]:
     """The curve of emb or head, float32 [vocab, width]; a kept one loses nothing."""
     points = []
+    known: dict[Method, tuple[Tensor, Tensor]] = {}
     for candidate in candidates:
         layout, loss = candidate.layout, 0.0
         if isinstance(layout, ScalarLayout):
-            importance = importance_of(statistics.second_moment, candidate, job.damping)
-            costs = row_costs(tensor, statistics.fisher, importance)
+            if candidate.method not in known:
+                importance = importance_of(statistics.second_moment, candidate.method, job.damping)
+                known[candidate.method] = importance, row_costs(tensor, statistics.fisher, importance)
+            importance, costs = known[candidate.method]
             rows = tensor[drawn_rows(costs, max(1, SHARE * job.sample // layout.columns))]
             errors = rounding_errors(rows, layout, importance if candidate.method == "gptq" else None)
             energy, lost = (x.square().double() @ importance.double() for x in (rows, errors))
@@ -80,9 +84,9 @@ def curve_of(
     return points
 
 
-def importance_of(second_moment: Tensor, candidate: Candidate, damping: float) -> Tensor:
+def importance_of(second_moment: Tensor, method: Method, damping: float) -> Tensor:
     """What the squared error of each column [in] counts for: D with error feedback, else the diagonal of M."""
-    if candidate.method != "gptq":
+    if method != "gptq":
         return second_moment.diagonal().clone()
     with inverse_factor_of(second_moment, damping) as upper:
         return upper.diagonal().square().reciprocal()

@@ -71,7 +71,7 @@ def _descend_scalar(codes: ScalarCodes, weight: Tensor, hessian: Tensor) -> Tens
     diagonal = hessian.diagonal().tolist()
     scales = codes.scale.float().t().contiguous()  # [groups, out]
     zeros = torch.full_like(scales, 2.0 ** (layout.bits - 1)) if codes.zero is None else codes.zero.float().t()
-    levels = torch.empty(layout.columns, layout.rows, dtype=torch.uint8)
+    levels = torch.empty_like(state.quantized, dtype=torch.uint8)
     for first, last in state.blocks(1):
         before = state.quantized[first:last].clone()
         for column in range(first, last):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def block_jobs(run: Run) -> list[block.BlockJob]:
 
 def _jobs_of(run: Run, plan: Plan) -> list[block.BlockJob]:
     present = {entry.block for entry in plan.tensors if entry.method != "keep"}
-    ordered = sorted(present, key=lambda index: (index is None, index or 0))
+    ordered = sorted(present, key=lambda index: -1 if index is None else index)  # embedding and head take longest
     places = str(run.model_path), str(run.plan), str(run.activations), str(run.quantized)
     return [block.BlockJob(*places, index, str(run.gradients), run.settings.run.device) for index in ordered]
 
@@ -68,15 +69,13 @@ def measure_curves(run: Run, progress: Progress) -> None:
     outer = outer_curves.OuterCurveJob(
         str(run.model_path), str(run.gradients), settings.sample, TrellisOptions().damping
     )
+    # first what takes longest
     jobs: list[tuple[str, str, dict[str, Any]]] = [
-        (
-            f"block {index}",
-            "rwkvq.quantize.curves:run",
-            asdict(curves.CurveJob(*places, index, *numbers, limits.device)),
-        )
-        for index in range(spec.layers)
+        ("embedding and head", "rwkvq.quantize.outer_curves:run", asdict(outer))
     ]
-    jobs.append(("embedding and head", "rwkvq.quantize.outer_curves:run", asdict(outer)))
+    for index in range(spec.layers):
+        job = curves.CurveJob(*places, index, *numbers, limits.device)
+        jobs.append((f"block {index}", "rwkvq.quantize.curves:run", asdict(job)))
 
     def work(pool: WorkerPool, job: tuple[str, str, dict[str, Any]]) -> list[dict[str, Any]]:
         name, function, values = job
@@ -92,12 +91,12 @@ def measure_curves(run: Run, progress: Progress) -> None:
         points: list[dict[str, Any]] = healed(run, run_job)
         return points
 
-    points: list[CurvePoint] = []
+    found: list[list[CurvePoint]] = []
     with nullcontext(run.pool) if run.pool else run.new_pool(len(jobs)) as pool:
-        for done, found in enumerate(map_in_order(partial(work, pool), jobs, run.workers), 1):
-            points += [CurvePoint(**point) for point in found]
+        for done, points in enumerate(map_in_order(partial(work, pool), jobs, run.workers, ahead=len(jobs)), 1):
+            found.append([CurvePoint(**point) for point in points])
             progress(f"curves of {jobs[done - 1][0]}", done, len(jobs))
-    write_curves(run.curves, points, {"model_sha256": run.checkpoint.identity()})
+    write_curves(run.curves, [*chain.from_iterable(found[1:]), *found[0]], {"model_sha256": run.checkpoint.identity()})
 
 
 def run_job_in_pool(
