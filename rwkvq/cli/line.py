@@ -205,7 +205,8 @@ def plan(
     console.print(table("Tensors", preview.FORMAT_HEADER, preview.format_rows()))
     console.print()
     console.print(table("Bits", ("quantity", "value"), preview.bit_rows()))
+    without = "" if settings.run.device == "cpu" else " without the GPU (what it saves is not estimated)"
     console.print(
-        f"\nestimated {preview.seconds:.0f} s on {preview.workers} workers, "
+        f"\nestimated {preview.seconds:.0f} s on {preview.workers} workers{without}, "
         f"peak memory about {size_text(preview.peak_bytes)}, disk {size_text(preview.disk_bytes)}"
     )

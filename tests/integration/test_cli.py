@@ -208,6 +208,8 @@ def test_a_plan_is_a_dry_run(capsys: Capture, undisturbed: tuple[Path, dict[str,
     assert found["seconds"] > 0 and found["peak_bytes"] > 0 and found["disk_bytes"] > 0
     shown = command(capsys, "plan", "--params", params)
     assert shown.code == 0 and "matrix bits" in shown.err and "estimated" in shown.err
+    assert "GPU" not in shown.err
+    assert "without the GPU" in command(capsys, "plan", "--params", params, "--set", "run.device=cuda").err
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
     exact = totals(Plan.read(undisturbed[0] / "run" / "plan.json")).total_stored_bits
     assert found["totals"]["total_stored_bits"] == exact
