@@ -42,7 +42,7 @@ def test_groups_are_rounded_alike(rows: int, columns: int, bits: int) -> None:
     feedback = 0.1 * torch.randn(columns, columns, generator=generator)
     table = torch.randint(-80, 81, (16, 1 << bits), generator=generator).to(torch.int8).sort(1).values
     arguments = targets, importance, feedback, table
-    codes, selector, errors = (item.cpu() for item in on_device(*arguments))
+    codes, selector, errors = (item.cpu() for item in round_to_tables(*(item.to(DEVICE) for item in arguments)))
     here = round_to_tables(*arguments)
     assert (codes[:, :16] == here[0][:, :16]).float().mean() > 0.99
     assert (selector[:, 0] == here[1][:, 0]).all()
@@ -51,15 +51,6 @@ def test_groups_are_rounded_alike(rows: int, columns: int, bits: int) -> None:
     torch.testing.assert_close(moved, targets - errors @ feedback.triu(1), rtol=1e-4, atol=1e-4)
     cost, expected = (float((importance * error**2).mean()) for error in (errors, here[2]))
     assert cost == pytest.approx(expected, rel=0.05)
-
-
-def on_device(
-    targets: torch.Tensor, importance: torch.Tensor, feedback: torch.Tensor, table: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from rwkvq.quantize.table_cuda import round_columns_cuda
-
-    moved, levels = targets.to(DEVICE, copy=True), (table.float() * UNIT).to(DEVICE)
-    return round_columns_cuda(moved, importance.to(DEVICE), feedback.to(DEVICE), levels)
 
 
 @pytest.mark.parametrize(("rows", "columns", "bits"), [(5, 32, 2), (70, 208, 3), (33, 144, 4)])
