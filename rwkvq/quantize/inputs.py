@@ -93,7 +93,7 @@ def collect_inputs(
     return Inputs(collected.second_moments.renamed(keys), collected.importance, fisher)
 
 
-def outer_inputs(gradients: Path, wanted: Collection[str], device: torch.device = CPU) -> Inputs:
+def outer_inputs(gradients: Path, wanted: Collection[str], device: torch.device) -> Inputs:
     """The statistics of embedding or head on `device`, of stage `gradients`. Raises ActivationError."""
     found = {name: item for name, item in read_outer(gradients).items() if name in wanted}
     moments = {name: item.second_moment.to(device) for name, item in found.items()}

@@ -272,7 +272,8 @@ def sweep_rows_cuda(
     middles, entries = _middles(levels), levels.shape[1]
     for start in range(0, columns, BLOCK):
         block = slice(start, min(start + BLOCK, columns))
-        own, square = pull[:, block].contiguous(), hessian[block, block]
+        own = pull[:, block].clone(memory_format=torch.contiguous_format)  # of one block, it would be pull itself
+        square = hessian[block, block]
         changes = torch.empty_like(own)
         for first in range(0, own.shape[1], GROUP):
             here, later, place = slice(first, first + GROUP), slice(first + GROUP, own.shape[1]), start + first
