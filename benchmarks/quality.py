@@ -197,6 +197,8 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="Only these methods [default: all].")] = None,
     windows: Annotated[int, typer.Option()] = 64,
     seed: Annotated[int, typer.Option()] = 0,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Quality at honest bits",
+    note: Annotated[str, typer.Option(help="A paragraph that the page begins with.")] = "",
 ) -> None:
     """Make the table."""
     kept = read_json(out.with_suffix(".json")) if out.with_suffix(".json").is_file() else {}
@@ -225,7 +227,8 @@ def main(
         known["rows"] |= measured
         known["checks"] |= checks
         write_json(out.with_suffix(".json"), kept)
-        write_text(out, preamble(windows) + "\n".join(section(name, found) for name, found in sorted(kept.items())))
+        head = preamble(title, note, windows, calibration.name, text.name, lambada_file.name)
+        write_text(out, head + "\n".join(section(name, found) for name, found in sorted(kept.items())))
 
 
 def named(name: str, seed: int) -> str:
@@ -239,14 +242,15 @@ def commit_of() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def preamble(windows: int) -> str:
-    """What the table shows and how it was made."""
-    return f"""# Quality at honest bits
+def preamble(title: str, note: str, windows: int, calibration: str, text: str, examples: str) -> str:
+    """What the table shows and how it was made; the last three are names of files."""
+    first = f"{note}\n\n" if note else ""
+    return f"""# {title}
 
-Made by `python -m benchmarks.quality` (its docstring has the command); every model is quantized before any is
-evaluated. Calibration: 128 windows of 512 tokens of `books_calibration.txt`, seed 0 unless said. Evaluation in float32
-from the packed artifact: {windows} windows of 512 tokens of `books_validation.txt`, first 500 lines of
-`lambada_dev.jsonl`, disjoint from calibration. ± is one standard error over windows or examples; rises are against the
+{first}Made by `python -m benchmarks.quality` (its docstring has the command); every model is quantized before any is
+evaluated. Calibration: 128 windows of 512 tokens of `{calibration}`, seed 0 unless said. Evaluation in float32
+from the packed artifact: {windows} windows of 512 tokens of `{text}`, first 500 lines of
+`{examples}`, disjoint from calibration. ± is one standard error over windows or examples; rises are against the
 float model on the same ones. Matrix bits count every stored bit of the matrices and LoRA factors, body bits everything
 but embedding and head, file bits the whole file with its header. Element-wise vectors keep their 16 bits except in
 presets text, camera and official. Seconds: stage `quantize`, and where they ran `gradients` and `curves` before it
