@@ -64,6 +64,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "RWKVQuant, preset rwkvq": ("plan.policy=rwkvquant", "plan.preset=rwkvq"),
     "budget, speed": ("plan.policy=budget", "plan.formats=speed", "plan.bpw=3.275"),
     "budget, quality": ("plan.policy=budget", "plan.formats=quality", "plan.bpw=3.275"),
+    **{
+        f"budget, {formats}, groups by {kind}": (
+            "plan.policy=budget",
+            f"plan.formats={formats}",
+            "plan.bpw=3.275",
+            f"plan.launch_groups={kind}",
+        )
+        for formats in ("speed", "quality")
+        for kind in ("block", "role")
+    },
     "budget, quality, 2.5 bits": ("plan.policy=budget", "plan.formats=quality", "plan.bpw=2.5"),
 }
 TIMED = ("gradients", "curves", "quantize")

@@ -23,6 +23,7 @@ Preset = Literal["text", "camera", "official", "rwkvq"]
 DecisionMode = Literal["fixed", "percentile", "share", "maxrms"]
 ShareBy = Literal["count", "weights", "bits"]
 FormatSet = Literal["quality", "speed"]
+LaunchGroups = Literal["none", "block", "role"]
 Device = Literal["cpu", "cuda"]
 Bits = Literal[2, 3, 4, 8]
 OuterBits = Literal["auto", 4, 5, 6, 8, 16]
@@ -117,6 +118,10 @@ class PlanSettings(Section):
     decision: DecisionSettings = DecisionSettings()
     formats: FormatSet = "quality"
     """Of policy `budget`: every format, or only those that decode at the speed of memory."""
+    launch_groups: LaunchGroups = "none"
+    """Of policy `budget`: weights that get one format and rate, so that one kernel call can decode them. block: the
+    products of a block that do not wait for each other and have one shape; role: a weight in all blocks.
+    """
     bpw: Annotated[float, Field(ge=2.0, le=8.0)] | None = None
     """Target of policy `budget`: stored bits per weight of matrices and LoRA factors. None = 3.275, unless size is set.
     """

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from rwkvq.checkpoint.names import Weight
 from rwkvq.errors import PlanError
-from rwkvq.plan.allocate import Option, allocate
+from rwkvq.plan.allocate import Allocation, Option, allocate
 from rwkvq.plan.candidates import Candidate, CurvePoint, allowed, by_weight
+from rwkvq.plan.groups import launch_groups, merged
 from rwkvq.plan.size import file_bits
-from rwkvq.settings import FormatSet
+from rwkvq.settings import FormatSet, LaunchGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,16 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class BudgetChoice:
-    """The candidate of every decided weight and why, the bits of the target that are spent, and the predicted loss."""
+    """The candidate of every decided weight and why, the bits of the target that are spent, and the predicted loss.
+
+    loss_without_groups: of the choice that launch groups do not bind.
+    """
 
     candidates: Mapping[str, Candidate]
     reasons: Mapping[str, str]
     bits: int
     loss: float
+    loss_without_groups: float
 
 
 def choose(
@@ -61,6 +66,7 @@ def choose(
     points: Sequence[CurvePoint],
     target: Target,
     formats: FormatSet,
+    groups: LaunchGroups = "none",
 ) -> BudgetChoice:
     """Spend the target on the decided weights, each of which gets one of its `candidates` by name.
 
@@ -87,20 +93,47 @@ def choose(
     }
     if empty := next((name for name, choices in options.items() if not choices), None):
         raise PlanError(f"{empty}: no format of plan.formats {formats} fits it; use plan.formats quality")
-    floor = sum(min(option.bits for option in choices) for choices in options.values())
-    target.check(floor, sum(_numel(weight) for weight in decided))
-    made = allocate(options, target.bits)
+    numel = sum(_numel(weight) for weight in decided)
+    free = _labels(options, [(name,) for name in options], target, numel)
+    bound = launch_groups(decided, groups)
+    made = free if groups == "none" else _labels(options, bound, target, numel)
+    partners = {name: len(group) - 1 for group in bound for name in group}
     chosen = {name: known[name][label] for name, label in made.labels.items()}
-    reasons = {name: _reason(choices, made.labels[name]) for name, choices in options.items()}
-    return BudgetChoice(chosen, reasons, made.bits, made.loss)
+    reasons = {name: _reason(choices, made.labels[name], partners[name]) for name, choices in options.items()}
+    return BudgetChoice(chosen, reasons, made.bits, made.loss, free.loss)
+
+
+def _labels(
+    options: Mapping[str, Sequence[Option]], groups: Sequence[Sequence[str]], target: Target, numel: int
+) -> Allocation:
+    """The label of every weight; those of a group have one format and rate. Raises PlanError, naming the floor."""
+    shared = {group[0]: merged(options, group) for group in groups}
+    items = {
+        first: [
+            Option(rate, sum(own.bits for own in parts), sum(own.loss for own in parts))
+            for rate, parts in choices.items()
+        ]
+        for first, choices in shared.items()
+    }
+    target.check(sum(min(option.bits for option in choices) for choices in items.values()), numel)
+    made = allocate(items, target.bits)
+    labels = {
+        name: own.label
+        for group in groups
+        for name, own in zip(group, shared[group[0]][made.labels[group[0]]], strict=True)
+    }
+    return Allocation(labels, made.bits, made.loss)
 
 
 def _numel(weight: Weight) -> int:
     return weight.shape[0] * weight.shape[1]
 
 
-def _reason(options: Sequence[Option], label: str) -> str:
-    """Why a weight got its format: its predicted loss, and what a cheaper or dearer one would have changed."""
+def _reason(options: Sequence[Option], label: str, partners: int) -> str:
+    """Why a weight got its format: its predicted loss, and what a cheaper or dearer one would have changed.
+
+    partners: other weights of its launch group.
+    """
     ordered = sorted(options, key=lambda option: option.bits)
     place = [option.label for option in ordered].index(label)
     loss = ordered[place].loss
@@ -109,4 +142,4 @@ def _reason(options: Sequence[Option], label: str) -> str:
         said += f"; {ordered[place - 1].label} would add {ordered[place - 1].loss - loss:.2e}"
     if place + 1 < len(ordered):
         said += f"; {ordered[place + 1].label} would save {loss - ordered[place + 1].loss:.2e}"
-    return said
+    return f"{said}; one format with {partners} others" if partners else said

@@ -133,7 +133,7 @@ def _spend(
         target = Target(f"plan.bpw {bpw:g}", int(bpw * numel))
     else:
         target = _size_target(source, plan.size, fixed)
-    chosen = choose(decided, candidates, curves.points, target, plan.formats)
+    chosen = choose(decided, candidates, curves.points, target, plan.formats, plan.launch_groups)
     asked: dict[str, str | float] = {"bpw": bpw}
     if plan.size is not None and target.size is not None:
         asked = {"size": plan.size, "predicted_bytes": target.size - (target.bits - chosen.bits) // 8}
@@ -141,12 +141,10 @@ def _spend(
         name: _Choice(candidate.layout, candidate.method, chosen.reasons[name])
         for name, candidate in chosen.candidates.items()
     }
-    return choices, {
-        **asked,
-        "formats": plan.formats,
-        "state_bits": state_bits,
-        "predicted_kl": chosen.loss,
-    }
+    decision = {**asked, "formats": plan.formats, "state_bits": state_bits, "predicted_kl": chosen.loss}
+    if plan.launch_groups != "none":
+        decision |= {"launch_groups": plan.launch_groups, "predicted_kl_without_groups": chosen.loss_without_groups}
+    return choices, decision
 
 
 def _size_target(source: Checkpoint, text: str, fixed: Mapping[str, _Choice]) -> Target:

@@ -188,7 +188,9 @@ def _budget(plan: Plan) -> Budget | None:
         return None
     decision = plan.decision
     target = f"{decision['bpw']} bits a matrix weight" if "bpw" in decision else f"a weight file of {decision['size']}"
-    return Budget(target, str(decision["formats"]), float(decision["predicted_kl"]))
+    groups, free = str(decision.get("launch_groups", "none")), decision.get("predicted_kl_without_groups")
+    predicted = float(decision["predicted_kl"])
+    return Budget(target, str(decision["formats"]), predicted, groups, None if free is None else float(free))
 
 
 def _distillation(run: Run) -> Distillation | None:

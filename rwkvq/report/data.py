@@ -134,6 +134,9 @@ class Budget:
     formats: str
     predicted_kl: float
     """Nats a token."""
+    launch_groups: str = "none"
+    predicted_kl_without_groups: float | None = None
+    """Nats a token, with groups."""
 
 
 @dataclass(frozen=True, slots=True)

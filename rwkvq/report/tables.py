@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rwkvq.report.data import Estimate, QualityRow, ReportData, TensorRow
+from rwkvq.report.data import Budget, Estimate, QualityRow, ReportData, TensorRow
 from rwkvq.report.text import (
     NONE,
     bits_text,
@@ -190,7 +190,16 @@ def budget_sentences(report: ReportData) -> list[str]:
         f"Asked for {budget.target}, formats {budget.formats}; bits go where the loss depends on them. "
         f"Matrices and LoRA factors: {', '.join(f'{count} {name}' for name, count in sorted(formats.items()))}. "
         "The reason for each is in the table of tensors.",
+        *_price_of_groups(budget),
     ]
+
+
+def _price_of_groups(budget: Budget) -> list[str]:
+    free = budget.predicted_kl_without_groups
+    if not free:
+        return []
+    said = f"Launch groups `{budget.launch_groups}`: weights that one kernel call can decode have one format and rate"
+    return [f"{said}: {percent_text(budget.predicted_kl / free - 1)} above the {number_text(free)} predicted without."]
 
 
 def distillation_sentences(report: ReportData) -> list[str]:

@@ -225,3 +225,53 @@ def test_the_table_survives_and_damage_is_named(tmp_path: Path, source: Checkpoi
     write_curves(path, [CurvePoint("a", "b", 1, float("nan"))], {})
     with pytest.raises(PlanError, match="has loss nan"):
         read_curves(path)
+
+
+def rates_by(plan: Plan, role: str) -> set[tuple[str, float]]:
+    """Format and rate of the weights whose name ends with `role`."""
+    found = [entry.layout for entry in plan.tensors if entry.name.endswith(role)]
+    assert found
+    return {(layout.format, layout.nominal_bits()) for layout in found}
+
+
+def test_products_that_do_not_wait_for_each_other_get_one_format(source: Checkpoint) -> None:
+    points = made_up_curves(source)
+    free = plan_for(source, points, bpw=3.275)
+    plan = plan_for(source, points, bpw=3.275, launch_groups="block")
+    projections = ["att.receptance.weight", "att.key.weight", "att.value.weight"]
+    projections += ["att.gate.weight"] if source.spec.version == "x060" else []
+    for block in range(source.spec.layers):
+        assert len({rate for name in projections for rate in rates_by(plan, f"blocks.{block}.{name}")}) == 1
+        if source.spec.version == "x060":
+            slices = {rate for part in "wkvrg" for rate in rates_by(plan, f"blocks.{block}.att.time_maa_w2.{part}")}
+            assert len(slices) == 1
+        else:
+            assert rates_by(plan, f"blocks.{block}.att.w1") == rates_by(plan, f"blocks.{block}.att.a1")
+    assert len({rate for name in projections for rate in rates_by(free, name)}) > 1  # the curves ask for several
+    bits = totals(plan).matrix_bits
+    assert bits is not None and 3.2 < bits <= 3.275
+    predicted, without = (float(plan.decision[f"predicted_kl{end}"]) for end in ("", "_without_groups"))
+    assert plan.decision["launch_groups"] == "block" and "launch_groups" not in free.decision
+    assert without == free.decision["predicted_kl"] and predicted > 1.01 * without
+    reasons = {entry.name: entry.reason for entry in plan.tensors}
+    assert reasons["blocks.0.att.key.weight"].endswith(f"one format with {len(projections) - 1} others")
+    assert "one format" not in reasons["blocks.0.att.output.weight"]
+
+
+def test_a_role_gets_one_format_in_all_blocks(source: Checkpoint) -> None:
+    points = [
+        CurvePoint(item.name, item.candidate, item.stored_bits, item.loss * (50.0 if "blocks.1." in item.name else 1.0))
+        for item in made_up_curves(source)
+    ]
+    roles = ("att.key.weight", "att.value.weight", "att.output.weight", "ffn.key.weight", "ffn.value.weight")
+    free, plan = (plan_for(source, points, bpw=3.0, launch_groups=kind) for kind in ("none", "role"))
+    assert all(len(rates_by(free, role)) > 1 for role in roles)
+    assert all(len(rates_by(plan, role)) == 1 for role in roles)
+    assert float(plan.decision["predicted_kl"]) > float(plan.decision["predicted_kl_without_groups"])
+
+
+def test_a_group_without_a_common_format_is_refused(source: Checkpoint) -> None:
+    first = "blocks.0.att.receptance.weight"
+    points = [point for point in made_up_curves(source) if (point.name == first) == point.candidate.startswith("table")]
+    with pytest.raises(PlanError, match=r"receptance.weight: no format fits it and the [23] weights of its launch gro"):
+        plan_for(source, points, bpw=3.275, launch_groups="block")

@@ -157,6 +157,10 @@ def test_a_budget_says_what_it_expected_and_what_came(data: ReportData) -> None:
     assert first.startswith("Divergence from the float model, nats a token: predicted 0.01742, measured 0.05")
     assert "Asked for 3.275 bits a matrix weight, formats quality" in second and "3 trellis." in second
     assert "measured" not in budget_sentences(replace(asked, quality=()))[0]
+    assert asked.budget is not None
+    grouped = replace(asked.budget, launch_groups="block", predicted_kl_without_groups=0.0167)
+    price = budget_sentences(replace(asked, budget=grouped))[2]
+    assert "`block`" in price and price.endswith("rate: 4.3 % above the 0.01670 predicted without.")
 
 
 def test_stage_times_and_their_sum(data: ReportData) -> None:
