@@ -31,7 +31,7 @@ def collect(study: Study) -> list[ResultRow]:
     files = (study.folder / "rows").glob("*.parquet") if (study.folder / "rows").is_dir() else ()
     rows = [row for path in sorted(files) for row in read_rows(path)]
     place = {key: index for index, key in enumerate(EXPERIMENTS)}
-    models: dict[str, int] = {name: index for index, name in enumerate(study.models)}
+    models: dict[str, int] = {name: index for index, name in enumerate(study.order or study.models)}
     return sorted(
         rows, key=lambda row: (place[row.experiment], models.get(row.model, len(models)), row.model, row.seed)
     )

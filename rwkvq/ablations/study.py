@@ -32,6 +32,8 @@ class Study(Section):
     """Sections of rwkvq/settings.py that hold for every line; evaluate.* says what every model is measured on."""
     models: Overrides
     """Settings by name of the model; `model` is the checkpoint."""
+    order: tuple[str, ...] = ()
+    """All models of the file, which `models` need not have: pages show them in this order."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Of the calibration windows; experiments in which a seed matters run for each, the others for the first."""
     experiments: tuple[str, ...] = tuple(EXPERIMENTS)
@@ -136,6 +138,7 @@ def load_study(
         update={
             "experiments": tuple(key for key in EXPERIMENTS if key in chosen),
             "models": {name: study.models[name] for name in models or study.models},
+            "order": tuple(study.models),
             "seeds": tuple(seeds or study.seeds),
         }
     )

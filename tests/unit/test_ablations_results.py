@@ -9,9 +9,10 @@ import pytest
 
 from rwkvq.ablations.arms import lowest
 from rwkvq.ablations.figures import CHARTS, Chart, svg
-from rwkvq.ablations.page import figures, markdown
+from rwkvq.ablations.page import collect, figures, markdown
 from rwkvq.ablations.results import ResultRow, key_of, read_rows, write_rows
 from rwkvq.ablations.statistics import bootstrap, leak_gain, spearman, spreads, transfers
+from rwkvq.ablations.study import Study
 from rwkvq.ablations.tables import kl_text
 from rwkvq.errors import EvaluationError
 
@@ -44,6 +45,13 @@ ROWS = [
     row("one", 0.05),
     ResultRow("E16", "a", 0, "sq", {"line": "sq"}, figures={"quantize": 3.5, "matrix_weights": 9}),
 ]
+
+
+def test_pages_have_the_models_in_the_order_of_the_file(tmp_path: Path) -> None:
+    for model in ("c", "a", "b"):
+        write_rows(tmp_path / "rows" / f"E2-{model}-0.parquet", [row("one", 0.05, model=model)])
+    chosen = Study(out=str(tmp_path), models={"a": None}, order=("b", "a", "c"))
+    assert [found.model for found in collect(chosen)] == ["b", "a", "c"]
 
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:
