@@ -198,7 +198,7 @@ def _price_of_groups(budget: Budget) -> list[str]:
     free = budget.predicted_kl_without_groups
     if not free:
         return []
-    said = f"Launch groups `{budget.launch_groups}`: weights that one kernel call can decode have one format and rate"
+    said = f"Launch groups by {budget.launch_groups}: weights that one kernel call can decode have one format and rate"
     return [f"{said}: {percent_text(budget.predicted_kl / free - 1)} above the {number_text(free)} predicted without."]
 
 
