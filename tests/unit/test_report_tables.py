@@ -160,7 +160,8 @@ def test_a_budget_says_what_it_expected_and_what_came(data: ReportData) -> None:
     assert asked.budget is not None
     grouped = replace(asked.budget, launch_groups="block", predicted_kl_without_groups=0.0167)
     price = budget_sentences(replace(asked, budget=grouped))[2]
-    assert price.startswith("Launch groups by block") and price.endswith("rate: 4.3 % above the 0.01670 predicted without.")
+    assert price.startswith("Launch groups by block")
+    assert price.endswith("rate: 4.3 % above the 0.01670 predicted without.")
 
 
 def test_stage_times_and_their_sum(data: ReportData) -> None:
