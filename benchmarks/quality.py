@@ -6,7 +6,10 @@
 With --ruler FILE (an independent evaluator with the command `kl MODEL OTHER --text FILE --tokenizer FILE` that prints
 JSON) every exported model is measured again from outside. Everything is made before anything is evaluated.
 
-Rows are kept in quality.json beside the page, each with the commit that it was measured at: with --method or --models
+Other texts and models go to pages of their own: --out FILE.md --title TITLE --note PARAGRAPH, with --method for some
+methods only (quality-narrow.md, quality-wikitext.md, quality-within-wikitext.md).
+
+Rows are kept in a .json beside the page, each with the commit that it was measured at: with --method or --models
 only those rows are measured again. A seed other than 0 makes rows of its own.
 """
 
