@@ -284,7 +284,8 @@ from rwkvq.cli.board import Board
 from rwkvq.family.events import CellEvent
 cells = ["rwkv7-9m rtn", "rwkv7-9m sq"]
 with Board(cells, {}) as board:
-    child = "import sys; [print(f'child {i} of stderr', file=sys.stderr, flush=True) for i in range(40)]"
+    # one write a line: under PYTHONUNBUFFERED print makes two, between which a writer of the same pipe may come
+    child = "import os; [os.write(2, f'child {i} of stderr'.encode() + bytes([10])) for i in range(40)]"
     child = subprocess.Popen([sys.executable, "-c", child])
     for index in range(40):
         logging.getLogger("rwkvq.x").info("record %d " + "of a long line " * 8 + "end", index)
