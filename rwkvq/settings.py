@@ -84,6 +84,8 @@ class CurvesSettings(Section):
     """Bits of a trellis state: each more halves the speed of the encoder for a few percent less loss."""
     guide: Fraction = 0.5
     """Share of the loss-weighted second moment in the one that weights are rounded by."""
+    output_feedback: bool = True
+    """Of the table format: errors go from output to output as well, not only from input to input."""
     sample: Annotated[int, Field(ge=256)] = 4096
     """Weights of each tensor that are rounded to measure a format."""
 
@@ -201,8 +203,8 @@ class QuantizeSettings(Section):
     elementwise: ElementwiseSettings = ElementwiseSettings()
     sweeps: Annotated[int, Field(ge=0, le=20)] | None = None
     """Coordinate descent over all columns after error feedback. None = 1 for policy `budget`, else from the preset."""
-    damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    damping: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Added to the Hessian's diagonal, as a fraction of its mean. None = 0.1 for policy `budget`, else 0.01."""
 
 
 DISTILL_STEPS = 64

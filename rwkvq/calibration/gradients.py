@@ -47,7 +47,11 @@ CLIP_QUANTILE = 0.999
 """Token weights above this quantile are cut down to it: single tokens do not decide a second moment."""
 _LOGITS_BYTES = 256 << 20
 """What the logits of the tokens that are turned into gradients at once may take."""
-_PARTS = ("fisher", "guide", "energy")
+_PARTS = ("fisher", "guide", "energy", "output_moment")
+OUTPUT_BLOCK = 256
+"""Consecutive outputs, at most, whose gradients are multiplied with each other: a whole head or several."""
+_HEAD = 64
+"""Outputs of a head: blocks hold whole heads where they can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,21 @@ class Sensitivity:
 
     fisher float32 [out]: mean over tokens of the squared gradient of the loss at each output. guide float32
     [windows, length]: a weight for each watched token, its mean squared gradient, scaled so that sum guide |x|^2 is 1.
-    energy: mean over tokens of |x|^2, x the weight's input.
+    energy: mean over tokens of |x|^2, x the weight's input. output_moment float32 [blocks, size, size]: mean over
+    tokens of the products of the gradients at outputs of one block (output_blocks), with `fisher` along its diagonal.
     """
 
     fisher: Tensor
     guide: Tensor
     energy: float
+    output_moment: Tensor
+
+
+def output_blocks(outputs: int) -> tuple[int, int]:
+    """Number and size of the blocks of consecutive outputs: as large as may be, of whole heads where possible."""
+    sizes = [size for size in range(min(outputs, OUTPUT_BLOCK), 0, -1) if outputs % size == 0]
+    size = next((size for size in sizes if size % _HEAD == 0), sizes[0])
+    return outputs // size, size
 
 
 def gradients_path(folder: Path, block: int | None) -> Path:
@@ -108,6 +121,8 @@ class _Sums:
 
     def __init__(self, outputs: int, windows: int, length: int, device: torch.device) -> None:
         self.fisher = torch.zeros(outputs, dtype=torch.float64, device=device)
+        blocks, size = output_blocks(outputs)
+        self.output_moment = torch.zeros(blocks, size, size, dtype=torch.float64, device=device)
         self.squares = torch.zeros(windows, length, device=device)
         self.energy = torch.zeros(windows, length, device=device)
 
@@ -120,7 +135,27 @@ class _Sums:
         guide = clipped / whole if whole > 0 else torch.zeros_like(clipped)
         fisher = self.fisher.cpu() / squares.numel()
         energy = energies.double().mean().reshape(1)
-        return {"fisher": fisher.float(), "guide": guide.float(), "energy": energy.float()}
+        found = {"fisher": fisher, "guide": guide, "energy": energy}
+        found["output_moment"] = self.output_moment.cpu() / squares.numel()
+        return {name: tensor.float() for name, tensor in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one window shows of a weight: sums of g^2 [out] and of products of g in blocks; mean g^2, |x|^2 [time]."""
+
+    fisher: Tensor
+    output_moment: Tensor
+    squares: Tensor
+    energy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, gradient: Tensor) -> _Seen:
+        """Of inputs x [1, time, in] and gradients [1, time, out] of the outputs."""
+        squares = gradient.square()
+        blocks = gradient.view(-1, *output_blocks(gradient.shape[-1])).transpose(0, 1)  # [blocks, time, size]
+        fisher, moment = squares.sum((0, 1), dtype=torch.float64), blocks.transpose(1, 2) @ blocks
+        return cls(fisher, moment, squares.mean(-1)[0], x.square().sum(-1)[0])
 
 
 class _Pass:
@@ -157,7 +192,7 @@ class _Pass:
         count = len(self.chosen)
         sums = {weight.name: _Sums(weight.shape[0], count, self.length, self.device) for weight in watched}
 
-        def step(item: tuple[int, InputBatch]) -> tuple[int, dict[str, tuple[Tensor, Tensor, Tensor]], HeadSums | None]:
+        def step(item: tuple[int, InputBatch]) -> tuple[int, dict[str, _Seen], HeadSums | None]:
             own = (
                 None if head is None else replace(head, sums=HeadSums(len(head.head), head.head.shape[1], self.device))
             )
@@ -166,10 +201,11 @@ class _Pass:
         for place, seen, of_head in map_in_order(step, self._batches(block), self.workers):
             if of_head is not None:
                 self.head_sums.merge(of_head)
-            for name, (fisher, squares, energy) in seen.items():
-                sums[name].fisher += fisher
-                sums[name].squares[place] = squares
-                sums[name].energy[place] = energy
+            for name, item in seen.items():
+                sums[name].fisher += item.fisher
+                sums[name].output_moment += item.output_moment
+                sums[name].squares[place] = item.squares
+                sums[name].energy[place] = item.energy
         if not is_finite(self.gradients):
             raise ActivationError(f"block {block}: gradients that are not finite; use an undamaged checkpoint")
         tensors = {f"{name}::{part}": tensor for name, total in sums.items() for part, tensor in total.finish().items()}
@@ -202,13 +238,12 @@ class _Pass:
         head: _Head | None,
         place: int,
         batch: InputBatch,
-    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Gradients of one window through a block; by weight: sum g^2 by output, mean g^2 and |x|^2 by token."""
-        seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    ) -> dict[str, _Seen]:
+        """Gradients of one window through a block, and what they show of each watched weight."""
+        seen: dict[str, _Seen] = {}
 
         def note(name: str, x: Tensor, gradient: Tensor) -> None:
-            squares = gradient.square()
-            seen[name] = squares.sum((0, 1), dtype=torch.float64), squares.mean(-1)[0], x.square().sum(-1)[0]
+            seen[name] = _Seen.of(x, gradient)
 
         x = batch.x.requires_grad_()
         v_first = None if batch.v_first is None else batch.v_first.requires_grad_()
@@ -287,8 +322,8 @@ def read_gradients(folder: Path, block: int, names: Sequence[str]) -> dict[str, 
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ActivationError(f"{path}: {reason}; run the gradients stage again") from error
     result = {}
-    for name, (fisher, guide, energy) in found.items():
-        if not (is_finite(fisher) and is_finite(guide) and is_finite(energy)) or guide.dim() != 2:
+    for name, (fisher, guide, energy, moment) in found.items():
+        if not all(map(is_finite, found[name])) or guide.dim() != 2 or moment.dim() != 3:
             raise ActivationError(f"{path}: damaged ({name}); run the gradients stage again")
-        result[name] = Sensitivity(fisher, guide, float(energy))
+        result[name] = Sensitivity(fisher, guide, float(energy), moment)
     return result

@@ -7,12 +7,13 @@ from typing import Any
 
 from rwkvq.plan.options import Method
 from rwkvq.plan.presets import Resolved
+from rwkvq.settings import CurvesSettings
 
 
-def method_options(method: Method, settings: Resolved, *, clip_search: bool, guide: float) -> dict[str, Any]:
+def method_options(method: Method, settings: Resolved, *, clip_search: bool, curves: CurvesSettings) -> dict[str, Any]:
     """The options of a method as plain values (plan.options.OPTIONS_OF).
 
-    clip_search: of this weight, where its method has it; guide: of methods that gradients guide.
+    clip_search: of this weight, where its method has it; curves: what methods that gradients guide were measured with.
     """
     scalar, vector, elementwise = settings.scalar, settings.vector, settings.elementwise
     gptq = {
@@ -21,6 +22,12 @@ def method_options(method: Method, settings: Resolved, *, clip_search: bool, gui
         "act_order": scalar.act_order,
         "sweeps": settings.sweeps,
         "damping": settings.damping,
+    }
+    guided = {
+        "guide": curves.guide,
+        "row_weights": True,
+        "damping": settings.damping,
+        "sweeps": settings.sweeps,
     }
     options: Mapping[Method, dict[str, Any]] = {
         "keep": {},
@@ -35,8 +42,8 @@ def method_options(method: Method, settings: Resolved, *, clip_search: bool, gui
             "damping": settings.damping,
         },
         "elementwise": {"weight": elementwise.weight, "percentile": elementwise.percentile},
-        "trellis": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
-        "table": {"guide": guide, "row_weights": True, "damping": settings.damping, "sweeps": settings.sweeps},
+        "trellis": guided,
+        "table": {**guided, "output_feedback": curves.output_feedback},
         "awq": {"clip_search": clip_search},
         "rotation": gptq,
         "hqq": {},

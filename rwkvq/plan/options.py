@@ -93,7 +93,7 @@ OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
         "percentile": Number(float, 50.0, 100.0),
     },
     "trellis": {**_GUIDED, "sweeps": _SWEEPS},
-    "table": {**_GUIDED, "sweeps": _SWEEPS},
+    "table": {**_GUIDED, "sweeps": _SWEEPS, "output_feedback": _FLAG},
     "awq": {"clip_search": _FLAG},
     "rotation": _GPTQ,
     "hqq": {},

@@ -92,7 +92,7 @@ def make_plan(
         decision = settings.decision.to_json() if settings.policy == "rwkvquant" else {}
         thresholds = dict(verdict.thresholds)
     choices |= fixed
-    guide = curves.settings.guide if curves is not None else 0.0
+    measured = curves.settings if curves is not None else CurvesSettings()
     return Plan(
         model_sha256=source.identity(),
         spec=source.spec,
@@ -103,7 +103,7 @@ def make_plan(
         decision=decision,
         thresholds=thresholds,
         tensors=tuple(
-            _planned(weight, shapes[weight.tensor], choices[weight.name], table.get(weight.name), settings, guide)
+            _planned(weight, shapes[weight.tensor], choices[weight.name], table.get(weight.name), settings, measured)
             for weight in weights
         ),
         dropped=source.unused,
@@ -155,7 +155,12 @@ def _size_target(source: Checkpoint, text: str, fixed: Mapping[str, _Choice]) ->
 
 
 def _planned(
-    weight: Weight, tensor_shape: tuple[int, ...], choice: _Choice, row: Row | None, settings: Resolved, guide: float
+    weight: Weight,
+    tensor_shape: tuple[int, ...],
+    choice: _Choice,
+    row: Row | None,
+    settings: Resolved,
+    curves: CurvesSettings,
 ) -> PlannedTensor:
     # what is stored in 8 bits outside the arms gains nothing from cutting off extremes
     clip_search = settings.scalar.clip_search and _is_decided(weight, settings)
@@ -171,7 +176,7 @@ def _planned(
         method=choice.method,
         options=outer_options(choice.layout, choice.method, settings)
         if weight.tensor in OUTER
-        else method_options(choice.method, settings, clip_search=clip_search, guide=guide),
+        else method_options(choice.method, settings, clip_search=clip_search, curves=curves),
         reason=choice.reason,
         proxies=_proxy_values(row, settings),
     )

@@ -28,6 +28,9 @@ PRESET_BITS = 3
 """Bits that the presets' groups are made for."""
 HQQ_GROUP = 128
 """Scale and zero point of policy `hqq` take 32 bits: a quarter of a bit a weight."""
+DAMPING, BUDGET_DAMPING = 0.01, 0.1
+"""Policy budget takes more: it costs nothing on text like the calibration's and helps on other text (docs/evidence.md).
+"""
 RESIDUAL_DIMENSION = 4
 """Weights that share a code of policy `residual`, where the weight is large enough for its codebooks."""
 
@@ -247,7 +250,7 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
     The policies that decide nothing are baselines: they take what is open from preset `rwkvq` whatever the preset, so
     that they mean the same beside every preset, but no sweeps; rtn alone rounds to the plain minimum and maximum unless
     clip_search is set, hqq has groups of HQQ_GROUP and residual vectors of RESIDUAL_DIMENSION. Policy budget takes one
-    sweep. Raises SettingsError for values that contradict each other.
+    sweep and more damping. Raises SettingsError for values that contradict each other.
     """
     preset: Preset = plan.preset if plan.policy == "rwkvquant" else "rwkvq"
     default = PRESETS[preset]
@@ -258,7 +261,7 @@ def resolve_preset(plan: PlanSettings, quantize: QuantizeSettings) -> Resolved:
         preset=preset,
         bits=quantize.bits,
         sweeps=_or(quantize.sweeps, {"rwkvquant": default.sweeps, "budget": 1}.get(plan.policy, 0)),
-        damping=quantize.damping,
+        damping=_or(quantize.damping, BUDGET_DAMPING if plan.policy == "budget" else DAMPING),
         decision=_resolve_decision(plan.decision, default.decision),
         scalar=ScalarArm(
             group_size=_or(scalar.group_size, HQQ_GROUP if plan.policy == "hqq" else default.scalar.group_size),

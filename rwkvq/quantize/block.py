@@ -37,7 +37,7 @@ from rwkvq.formats import (
 from rwkvq.plan.plan import Plan, PlannedTensor
 from rwkvq.quantize import awq, elementwise, gptq, gptvq, hqq, kmeans, residual, rotation, rtn, tables, trellis
 from rwkvq.quantize.hessian import FLOAT64_COLUMNS, row_chunks
-from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, collect_inputs, outer_inputs
+from rwkvq.quantize.inputs import NOTHING, Calibration, Inputs, WeightInputs, collect_inputs, outer_inputs
 from rwkvq.quantize.results import TensorError, read_done, tensor_path, write_result
 from rwkvq.settings import Device
 
@@ -205,14 +205,14 @@ def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tup
     weight [out, in] or [size], on the processor, where the parts are too. Returns the packed parts (format's layout)
     and the error. Raises QuantizationError.
     """
-    known = inputs.second_moments.get(entry.name), inputs.importance.get(entry.name), inputs.fisher.get(entry.name)
+    known = inputs.of(entry.name)
     device = next((item.device for item in known if item is not None and entry.method in ON_GPU), CPU)
-    second_moment, importance, fisher = (None if item is None else item.to(device) for item in known)
+    known = WeightInputs(*(None if item is None else item.to(device) for item in known))
     weight = weight.to(device)
-    codes = _encode(weight, entry, second_moment, importance, fisher)
+    codes = _encode(weight, entry, known)
     form = FORMATS[entry.layout.format]
-    error = _error(form.decode(codes).reshape(weight.shape), weight, second_moment, importance)
-    del known, second_moment  # packing a wide weight needs the room
+    error = _error(form.decode(codes).reshape(weight.shape), weight, known.second_moment, known.importance)
+    del known  # packing a wide weight needs the room
     if not math.isfinite(error.weight_error):
         raise QuantizationError(
             f"{entry.name}: {entry.method} gave values that are not finite; keep this tensor in the plan"
@@ -220,14 +220,9 @@ def quantize_tensor(weight: Tensor, entry: PlannedTensor, inputs: Inputs) -> tup
     return {name: part.cpu() for name, part in form.pack(codes).items()}, error
 
 
-def _encode(
-    weight: Tensor,
-    entry: PlannedTensor,
-    second_moment: Tensor | None,
-    importance: Tensor | None,
-    fisher: Tensor | None,
-) -> Any:
+def _encode(weight: Tensor, entry: PlannedTensor, known: WeightInputs) -> Any:
     layout, options = entry.layout, entry.options
+    second_moment, importance, fisher, output_moment = known
     if entry.method == "elementwise":
         assert isinstance(layout, ElementwiseLayout) and importance is not None
         return elementwise.quantize(weight, importance, layout)
@@ -249,7 +244,9 @@ def _encode(
         return trellis.quantize(matrix, second_moment, layout, trellis.TrellisOptions.from_json(options), fisher)
     if entry.method == "table":
         assert isinstance(layout, TableLayout) and second_moment is not None and fisher is not None
-        return tables.quantize(matrix, second_moment, layout, tables.TableOptions.from_json(options), fisher)
+        return tables.quantize(
+            matrix, second_moment, layout, tables.TableOptions.from_json(options), fisher, output_moment
+        )
     if entry.method == "hqq":
         assert isinstance(layout, AffineLayout)
         return hqq.quantize(matrix, layout)

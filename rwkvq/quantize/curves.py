@@ -27,7 +27,8 @@ from rwkvq.plan.candidates import Candidate, CurvePoint, candidates_of
 from rwkvq.quantize.block import CODE as BLOCK_CODE
 from rwkvq.quantize.block import OnEvent
 from rwkvq.quantize.hessian import inverse_factor_of
-from rwkvq.quantize.inputs import Calibration, collect_inputs
+from rwkvq.quantize.inputs import Calibration, WeightInputs, collect_inputs
+from rwkvq.quantize.output_feedback import OutputFeedback
 from rwkvq.quantize.rates import chosen_offset_bits, rate_offsets
 from rwkvq.quantize.tables import fit_tables, round_to_tables
 from rwkvq.quantize.trellis import AMPLITUDE, column_costs, encode, find_row_scales, search_weights
@@ -47,7 +48,7 @@ class CurveJob:
     """One block to measure, as file names and numbers.
 
     sample: weights that are rounded for each candidate; state_bits: of trellis codes; guide, damping: as in
-    TrellisOptions. device: where statistics are taken and codes searched.
+    TrellisOptions; output_feedback as in TableOptions. device: where statistics are taken and codes searched.
     """
 
     checkpoint: str
@@ -59,6 +60,7 @@ class CurveJob:
     state_bits: int
     guide: float
     damping: float
+    output_feedback: bool
     device: Device = "cpu"
 
 
@@ -93,8 +95,7 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[dict[str, Any]]:
 
         def measure(weight: Weight) -> list[CurvePoint]:
             tensor = extract(source.tensor(weight.tensor), weight).to(device, torch.float32)
-            moment, fisher = inputs.second_moments[weight.name], inputs.fisher[weight.name]
-            return curve_of(weight, tensor, moment, fisher, candidates[weight.name], work)
+            return curve_of(weight, tensor, inputs.of(weight.name), candidates[weight.name], work)
 
         for done, (weight, found) in enumerate(zip(weights, map_on(device, measure, weights), strict=True), 1):
             points += found
@@ -105,21 +106,23 @@ def run(job: Mapping[str, Any], on_event: OnEvent) -> list[dict[str, Any]]:
 def curve_of(
     weight: Weight,
     tensor: Tensor,
-    second_moment: Tensor,
-    fisher: Tensor,
+    known: WeightInputs,
     candidates: tuple[Candidate, ...],
     job: CurveJob,
 ) -> list[CurvePoint]:
-    """The curve of one weight [out, in] with its second moment [in, in] and Fisher diagonal [out].
+    """The curve of one weight [out, in] with its second moment [in, in] and what its outputs mean to the loss.
 
     Of the widths of rate offsets it has those that are worth their bits.
     """
+    second_moment, _, fisher, output_moment = known
+    assert second_moment is not None and fisher is not None and output_moment is not None
     with inverse_factor_of(second_moment, job.damping) as upper:
         importance = upper.diagonal().square().reciprocal()  # D
         scales, plain = (scales_of(*find_row_scales(amplitude * tensor)) for amplitude in (AMPLITUDE, 1.0))
         rows = search_weights(scales, fisher)
         costs = column_costs(upper, (tensor / scales[:, None]).t(), rows)
     whole = 0.5 * float(fisher.double() @ (tensor.square() @ importance).double())
+    outputs = OutputFeedback.of(output_moment, plain) if job.output_feedback else None
     widths: tuple[int, int] | None = None
     points = []
     for candidate in candidates:
@@ -130,6 +133,7 @@ def curve_of(
                 continue
         columns = sampled_columns(layout, weight.shape, job.sample).to(tensor.device)
         sample, metric = tensor[:, columns], fisher.double()[:, None] * importance[columns].double()
+        energy = float((metric * sample.double().square()).sum())
         no_feedback = torch.zeros(len(columns), len(columns), device=tensor.device)
         if isinstance(layout, TrellisLayout):
             row_offsets, column_offsets = rate_offsets(layout, rows, costs)
@@ -140,9 +144,10 @@ def curve_of(
         else:
             assert isinstance(layout, TableLayout)
             targets, shares = sample / plain[:, None], importance[columns] / importance[columns].mean()
-            table = fit_tables(targets, rows, shares, layout.bits)
+            table = fit_tables(targets, rows if outputs is None else outputs.weights, shares, layout.bits)
             error = round_to_tables(targets, shares, no_feedback, table)[2] * plain[:, None]
-        energy = float((metric * sample.double().square()).sum())
+            if outputs is not None:
+                metric = metric * outputs.shares.double()[:, None]
         ratio = float((metric * error.double().square()).sum()) / energy if energy > 0 else 0.0
         points.append(CurvePoint(weight.name, candidate.label, layout.stored_bits(), ratio * whole))
     if not all(point.loss < float("inf") for point in points):

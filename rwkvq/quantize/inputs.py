@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +21,36 @@ from rwkvq.errors import ActivationError
 from rwkvq.models import load_block
 
 
+class WeightInputs(NamedTuple):
+    """The statistics of one weight, as Inputs names them; None where it has none."""
+
+    second_moment: Tensor | None
+    importance: Tensor | None
+    fisher: Tensor | None
+    output_moment: Tensor | None
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """Statistics by weight name.
 
-    second_moments [in, in] of matrices and LoRA factors; importance [size] of vectors; fisher [out]: mean squared
-    gradient of the loss at each output, of weights that are guided by gradients.
+    second_moments [in, in] of matrices and LoRA factors; importance [size] of vectors; fisher [out] and output_moments
+    [blocks, size, size]: mean squared gradient of the loss at each output, and mean products of those of one block of
+    outputs, of weights that are guided by gradients.
     """
 
     second_moments: Mapping[str, Tensor]
     importance: Mapping[str, Tensor]
     fisher: Mapping[str, Tensor]
+    output_moments: Mapping[str, Tensor]
+
+    def of(self, name: str) -> WeightInputs:
+        """Those of one weight."""
+        tables = self.second_moments, self.importance, self.fisher, self.output_moments
+        return WeightInputs(*(table.get(name) for table in tables))
 
 
-NOTHING = Inputs({}, {}, {})
+NOTHING = Inputs({}, {}, {}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +107,15 @@ def collect_inputs(
         if weight.weight_class != "elementwise"
     }
     fisher = {name: item.fisher.to(device) for name, item in sensitivities.items()}
-    return Inputs(collected.second_moments.renamed(keys), collected.importance, fisher)
+    outputs = {name: item.output_moment.to(device) for name, item in sensitivities.items()}
+    return Inputs(collected.second_moments.renamed(keys), collected.importance, fisher, outputs)
 
 
 def outer_inputs(gradients: Path, wanted: Collection[str], device: torch.device) -> Inputs:
     """The statistics of embedding or head on `device`, of stage `gradients`. Raises ActivationError."""
     found = {name: item for name, item in read_outer(gradients).items() if name in wanted}
     moments = {name: item.second_moment.to(device) for name, item in found.items()}
-    return Inputs(moments, {}, {name: item.fisher.to(device) for name, item in found.items()})
+    return Inputs(moments, {}, {name: item.fisher.to(device) for name, item in found.items()}, {})
 
 
 def token_weights(sensitivity: Sensitivity, used: tuple[int, int], calibration: Calibration) -> Tensor:

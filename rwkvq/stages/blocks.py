@@ -74,7 +74,7 @@ def measure_curves(run: Run, progress: Progress) -> None:
         ("embedding and head", "rwkvq.quantize.outer_curves:run", asdict(outer))
     ]
     for index in range(spec.layers):
-        job = curves.CurveJob(*places, index, *numbers, limits.device)
+        job = curves.CurveJob(*places, index, *numbers, settings.output_feedback, limits.device)
         jobs.append((f"block {index}", "rwkvq.quantize.curves:run", asdict(job)))
 
     def work(pool: WorkerPool, job: tuple[str, str, dict[str, Any]]) -> list[dict[str, Any]]:
