@@ -149,7 +149,10 @@ def _sweep_by_rows(
 ) -> None:
     """Choose codes and selector anew, one row of every block of `metric` after the other, by tr(G dW H dW^T)."""
     blocks, size = metric.shape[:2]
-    missing = (targets - _values(table, codes, selector)).view(blocks, size, -1)
+    missing = torch.empty_like(targets)
+    for some in row_chunks(targets):
+        torch.sub(targets[some], _values(table, codes[some], selector[some]), out=missing[some])
+    missing = missing.view(blocks, size, -1)
     for row in range(size):
         weights = metric[:, row, row]
         pull = torch.bmm(metric[:, row, None], missing)[:, 0] / weights[:, None] @ hessian

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from rwkvq.calibration import gradients
 from rwkvq.calibration.activations import used_windows, write_activations
-from rwkvq.calibration.gradients import gradients_path, read_gradients, watched_windows, write_gradients
+from rwkvq.calibration.gradients import (
+    gradients_path,
+    output_blocks,
+    read_gradients,
+    watched_windows,
+    write_gradients,
+)
 from rwkvq.calibration.taps import tapped
 from rwkvq.calibration.windows import Windows, model_inputs
 from rwkvq.checkpoint.names import Weight, weights_of
@@ -123,9 +129,25 @@ def test_block_by_block_is_the_whole_model(tmp_path: Path, version: str, monkeyp
     for block in range(source.spec.layers):
         found = read_gradients(tmp_path / "gradients", block, [item.name for item in linear_weights(source, block)])
         for name, sensitivity in found.items():
-            fisher = torch.cat([seen[name] for seen in expected]).double().square().mean(0)
+            seen = torch.cat([seen[name] for seen in expected]).double()
+            fisher = seen.square().mean(0)
             # the block inputs in the cache are rounded to float16
-            torch.testing.assert_close(sensitivity.fisher.double(), fisher, rtol=0.05, atol=0.02 * float(fisher.max()))
+            atol = 0.02 * float(fisher.max())
+            torch.testing.assert_close(sensitivity.fisher.double(), fisher, rtol=0.05, atol=atol)
+            products = seen.t() @ seen / len(seen)
+            blocks, size = output_blocks(len(fisher))
+            assert sensitivity.output_moment.shape == (blocks, size, size)
+            for block_of_outputs, moment in enumerate(sensitivity.output_moment.double()):
+                here = slice(block_of_outputs * size, (block_of_outputs + 1) * size)
+                torch.testing.assert_close(moment, products[here, here], rtol=0.05, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [(32, (1, 32)), (256, (1, 256)), (320, (5, 64)), (384, (2, 192)), (672, (3, 224)), (4096, (16, 256)), (7, (1, 7))],
+)
+def test_blocks_of_outputs_hold_whole_heads_where_they_can(outputs: int, expected: tuple[int, int]) -> None:
+    assert output_blocks(outputs) == expected
 
 
 def test_fisher_guide_and_energy_are_what_they_say(tmp_path: Path) -> None:

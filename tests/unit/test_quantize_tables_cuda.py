@@ -86,11 +86,14 @@ def test_a_sweep_finds_what_the_processor_finds(rows: int, columns: int, bits: i
     assert loss(found) == pytest.approx(loss(expected), rel=0.02)
 
 
-def test_a_weight_is_quantized_as_well() -> None:
+@pytest.mark.parametrize("output_feedback", [False, True])
+def test_a_weight_is_quantized_as_well(output_feedback: bool) -> None:
     weight, moment, layout = gaussian(96, 320), correlated(320, 0), TableLayout(96, 320, 3)
-    fisher = torch.rand(96, generator=torch.Generator().manual_seed(0)) + 0.1
+    options = TableOptions(sweeps=1, output_feedback=output_feedback)
+    outputs = torch.stack([correlated(48, seed) for seed in (1, 2)])
     losses = []
     for device in ("cpu", DEVICE):
-        codes = quantize(weight.to(device), moment.to(device), layout, TableOptions(sweeps=1), fisher.to(device))
+        known = (item.to(device) for item in (outputs.diagonal(dim1=1, dim2=2).flatten(), outputs))
+        codes = quantize(weight.to(device), moment.to(device), layout, options, *known)
         losses.append(relative_loss(weight, decode(codes).cpu(), moment))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
