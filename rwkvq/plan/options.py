@@ -101,10 +101,15 @@ OPTIONS_OF: Mapping[Method, Mapping[str, Number | tuple[object, ...]]] = {
 }
 """Options of each method: a range, or the accepted values."""
 
+_BEFORE: Mapping[Method, Mapping[str, Any]] = {"table": {"output_feedback": False}}
+"""Options that plans and artifacts once lacked, and what was done then."""
+
 
 def checked_options(method: Method, options: Any) -> dict[str, Any]:
     """The options of a row, which a person may have edited. Raises PlanError naming the first that does not fit."""
     known = OPTIONS_OF[method]
+    if isinstance(options, Mapping):
+        options = {**_BEFORE.get(method, {}), **options}
     if not isinstance(options, Mapping) or set(options) != set(known):
         found = ", ".join(map(str, options)) if isinstance(options, Mapping) else repr(options)
         raise PlanError(f"options of method {method} are {found or 'none'}, expected {', '.join(known) or 'none'}")

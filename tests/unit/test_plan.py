@@ -13,6 +13,7 @@ import pytest
 from rwkvq.checkpoint.reader import Checkpoint
 from rwkvq.errors import PlanError
 from rwkvq.formats import DenseLayout, ScalarLayout
+from rwkvq.plan.options import checked_options
 from rwkvq.plan.plan import Plan, diff
 from rwkvq.plan.policies import make_plan
 from rwkvq.settings import PlanSettings, QuantizeSettings
@@ -272,3 +273,11 @@ def test_differences_are_readable(plan: Plan) -> None:
         "blocks.1.ffn.key.weight: stored_bits 108032 -> 524288",
         "blocks.1.ffn.key.weight: reason sq: policy sq treats all matrices alike -> by hand",
     ]
+
+
+def test_options_that_plans_once_lacked_mean_what_was_done_then() -> None:
+    before = {"guide": 0.5, "row_weights": True, "damping": 0.01, "sweeps": 1}
+    assert checked_options("table", before) == before | {"output_feedback": False}
+    assert checked_options("table", before | {"output_feedback": True})["output_feedback"] is True
+    with pytest.raises(PlanError, match="options of method trellis are"):
+        checked_options("trellis", before | {"output_feedback": False})
