@@ -24,7 +24,7 @@ SHRINKAGE = 0.1
 _DAMPING = 1e-6
 """Of the factorization; the shrinkage keeps it well conditioned."""
 STEPS = 16
-"""Rounds in which the rows of a block are rounded, at most: more gain less than 1 % (docs/evidence.md)."""
+"""Rounds in which the rows of a block are rounded, at most: a search each, over the rows that are so far apart."""
 
 
 @dataclass(frozen=True, slots=True)
