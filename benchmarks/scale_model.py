@@ -146,4 +146,4 @@ def quantize_one(rows: int, columns: int, method: Literal["gptq", "gptvq", "trel
     name = "blocks.0.ffn.value.weight"
     shape = (rows, columns)
     entry = PlannedTensor(name, name, None, False, "matrix", 0, shape, layout, method, options, "measured", None)
-    quantize_tensor(weight, entry, Inputs({name: moment}, {}, {name: torch.ones(rows)}))
+    quantize_tensor(weight, entry, Inputs({name: moment}, {}, {name: torch.ones(rows)}, {}))
